@@ -1,0 +1,1 @@
+"""Speculative Streaming on MLX."""
