@@ -1,1 +1,40 @@
-"""Speculative Streaming on MLX."""
+"""Speculative Streaming on MLX: a language model that drafts its own next tokens.
+
+    from mlx_specstream import load, generate
+    model, tokenizer = load("path/to/model", streams="path/to/streams")
+    text = generate(model, tokenizer, "MR: name[Aromi]\\nText:", max_tokens=64)
+
+Shapes are written with these letters everywhere:
+    B batch           n main nodes or tokens of a pass     g streams (gamma)
+    R rows of a pass  T cached tokens                      H query heads, K key/value heads
+    D head size       E hidden size (width)                V vocabulary      L sequence length
+
+One step of decoding (``decode/step.py``):
+    draft -> lower layers -> prune -> MSA layers -> verify -> commit -> streams -> draft ...
+"""
+
+from .blas import load_fast_blas as _load_fast_blas
+
+_load_fast_blas()  # must come before the first import of mlx.core
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "load",
+    "generate": "generate",
+    "stream_generate": "generate",
+    "GenerationResponse": "generate",
+    "make_prompt_cache": "model.cache",
+    "StreamConfig": "config",
+    "SpecStreamError": "errors",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    """Public names are imported on first use, so that ``--help`` is instant."""
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,84 @@
+"""The projections of a stock layer under the names that ``StreamConfig.lora_targets`` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+import mlx.nn as nn
+
+from ..errors import UnsupportedModel
+
+# Names in mlx-lm that differ from ours: attribute -> our name.
+ALIASES = {"dense": "o_proj", "fc1": "up_proj", "fc2": "down_proj"}
+PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *ALIASES)
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of a layer, as one or more blocks of columns (several where it is fused).
+
+    Args:
+        layer: index among the MSA layers, lowest is 0.
+        names: our name of each block.
+        keys: the name of each block's LoRA, unique in the layer; None for a block without.
+        sizes: columns of each block; they sum to the output size.
+        d_in: input size.
+        experts: True for the experts of a mixture (one LoRA shared by all of them).
+    """
+
+    layer: int
+    names: tuple[str, ...]
+    keys: tuple[str | None, ...]
+    sizes: tuple[int, ...]
+    d_in: int
+    experts: bool
+
+    def only(self, targets: Collection[str]) -> Projection:
+        """With LoRA on the blocks named in ``targets`` alone."""
+        keys = (k if n in targets else None for n, k in zip(self.names, self.keys, strict=True))
+        return replace(self, keys=tuple(keys))
+
+
+def projections_of(layer: nn.Module, index: int) -> Iterator[tuple[nn.Module, Projection]]:
+    """The projections of a layer, each with the stock module that computes it."""
+    taken: set[str] = set()
+    for path, module in sorted(layer.named_modules()):
+        owner, _, name = path.rpartition(".")
+        if name in FUSED:
+            names = FUSED[name]
+        elif name in PLAIN:
+            names = (ALIASES.get(name, name),)
+        else:
+            continue
+        shape = weight_shape(getattr(module, "linear", module))  # mlx-lm's LoRA wraps the linear
+        d_out, d_in = shape[-2:]
+        sizes = (d_out,)
+        if name == "gate_up_proj":
+            sizes = (d_out // 2, d_out // 2)
+        elif name == "qkv_proj":
+            attention = layer
+            for part in owner.split("."):
+                attention = attention[part]
+            kv = attention.n_kv_heads * attention.head_dim
+            sizes = (d_out - 2 * kv, kv, kv)
+        # Shared experts beside routed ones repeat names; the owner's name tells them apart.
+        unique = (n if n not in taken else f"{owner.rpartition('.')[2]}_{n}" for n in names)
+        keys = tuple(unique)
+        taken.update(keys)
+        yield module, Projection(index, names, keys, sizes, d_in, len(shape) == 3)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight as if it were not quantised."""
+    *lead, last = module.weight.shape
+    return *lead, last * 32 // module.bits if hasattr(module, "bits") else last
+
+
+def embedding_of(model: nn.Module) -> nn.Module:
+    """The token embedding, weight [V, E]: the first in the model, quantised or inside mlx-lm's LoRA."""
+    for _, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            return module
+    raise UnsupportedModel("[model] no token embedding found; only language models can have streams.")

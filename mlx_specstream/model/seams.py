@@ -1,0 +1,320 @@
+"""The five seams through which a stock mlx-lm model becomes a Speculative Streaming model.
+
+The only file that knows mlx-lm's model internals. A seam swaps the class of a stock module for a
+subclass that looks at the pass in force; parameters and their names stay as they are, and with
+nothing in force (``mlx_lm.generate`` on the same model) the stock code runs untouched.
+
+1. rope        reads positions [B, R] as one position per row;
+2. cache       (``cache.py``) positions, K/V of prefix and rows, a request for a mask;
+3. layer gate  makes the mask of its rows; takes, prunes and extends the rows at the cut N-Ns;
+               skips the lower layers when rows enter at the cut;
+4. projections add the gated LoRA to stream rows of the MSA layers;
+5. head        the last gate passes on only the rows that are to go through norm and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, wraps
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import rope_utils
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+from ..config import StreamConfig
+from .cache import LayerContext, MaskRequest, NoStore
+from .projections import Projection, embedding_of, projections_of, weight_shape
+from .rows import Rows, causal_rows, with_streams
+from .streams import Streams
+
+ROPES = (
+    nn.RoPE,
+    rope_utils.Llama3RoPE,
+    rope_utils.YarnRoPE,
+    rope_utils.SuScaledRoPE,
+    rope_utils.ProportionalRoPE,
+)
+
+
+@dataclass
+class Pass:
+    """One forward: what each seam is to do, and what it caught on the way.
+
+    Args:
+        rows: the rows in force; the gate at the cut may replace them.
+        first: index of the layer where ``enters`` comes in; the layers below are skipped.
+        enters: hidden states [B, R, E] that replace what comes out of the skipped layers.
+        at_cut: called with (hidden [B, n, E], rows) before the first MSA layer; returns both anew.
+        take: which rows go through norm and head: a slice or int32 indices; None means all.
+        cut_hidden: caught: hidden states before the first MSA layer, after ``at_cut`` pruned them.
+        last_hidden: caught: hidden states after the last layer, all rows [B, R, E].
+    """
+
+    rows: Rows
+    streams: Streams | None = None
+    first: int = 0
+    enters: mx.array | None = None
+    at_cut: Callable[[mx.array, Rows], tuple[mx.array, Rows]] | None = None
+    take: slice | mx.array | None = None
+    cut_hidden: mx.array | None = None
+    last_hidden: mx.array | None = None
+    contexts: list[LayerContext] = field(default_factory=list)
+    expert_rows: Callable[[bool], mx.array] | None = None
+    _masks: dict = field(default_factory=dict)
+
+    def mask(self, request: MaskRequest, prefix: int) -> mx.array:
+        key = id(self.rows), request.window, prefix
+        if key not in self._masks:
+            self._masks[key] = self.rows, self.rows.mask(prefix, request.window)
+        return self._masks[key][1]
+
+    def stream_values(self, values: mx.array) -> mx.array:
+        if self.streams is None or self.rows.stream_of is None:
+            return values
+        return self.streams.rotate_values(values, self.rows.stream_of, self.rows.main)
+
+    def add_lora(self, y: mx.array, x: mx.array, projection: Projection) -> mx.array:
+        """y [B, R, d_out] of the stock projection of x [B, R, d_in], plus LoRA on stream rows."""
+        main = self.rows.main
+        more = self.streams.lora_update(
+            x[:, main:], projection.layer, projection.keys, projection.sizes
+        )
+        if main == 0:
+            return y + more
+        return mx.concatenate([y[:, :main], y[:, main:] + more], axis=1)
+
+    def add_expert_lora(self, y, x, projection: Projection, sorted_rows: bool) -> mx.array:
+        """As ``add_lora`` for experts, whose rows may lie sorted by expert: one update for all."""
+        more = self.streams.lora_update(x, projection.layer, projection.keys, projection.sizes)
+        return mx.where(self.expert_rows(sorted_rows), y + more, y)
+
+
+class Seams:
+    """A stock model with the seams in. Made by ``attach``.
+
+    Args:
+        model: an mlx-lm model; changed in place (classes only) until ``detach``.
+        streams: their parameters, or None for tree decoding alone.
+    """
+
+    def __init__(self, model: nn.Module, streams: Streams | None = None):
+        self.model = model
+        self.num_layers = len(model.layers)
+        self.running: Pass | None = None
+        self._stock: list[tuple[nn.Module, type]] = []
+        self.streams = streams
+        self.vocabulary_size = weight_shape(embedding_of(model))[0]
+        self.cut = self.num_layers - (streams.config.msa_layers if streams else 0)
+        self._swap(model, _ModelSeam)
+        for index, layer in enumerate(model.layers):
+            self._swap(layer, _LayerGate, index=index)
+            for _, module in layer.named_modules():
+                if isinstance(module, ROPES):
+                    self._swap(module, _RopeSeam)
+            if index >= self.cut and streams.config.lora_rank:
+                self._gate_projections(layer, index - self.cut)
+
+    def _gate_projections(self, layer: nn.Module, msa_index: int) -> None:
+        wanted = set(self.streams.config.lora_targets)
+        for module, projection in projections_of(layer, msa_index):
+            projection = projection.only(wanted)
+            if any(projection.keys):
+                seam = _ExpertSeam if projection.experts else _ProjectionSeam
+                self._swap(module, seam, projection=projection)
+        for _, module in layer.named_modules():
+            if isinstance(module, SwitchGLU | SwitchMLP):
+                self._swap(module, _RouterSeam)
+
+    def _swap(self, module: nn.Module, seam: type, **attributes) -> None:
+        stock = type(module)
+        if issubclass(stock, _Seam):  # a module shared by several layers is already done
+            return
+        self._stock.append((module, stock))
+        module.__class__ = _with_seam(seam, stock)
+        module._seams = self
+        for name, value in attributes.items():
+            setattr(module, f"_seam_{name}", value)
+
+    def detach(self) -> nn.Module:
+        """Give the stock model back, as it was before ``attach``."""
+        for module, stock in self._stock:
+            module.__class__ = stock
+            for name in [n for n in vars(module) if n == "_seams" or n.startswith("_seam_")]:
+                delattr(module, name)
+        self._stock.clear()
+        return self.model
+
+    def forward(self, run: Pass, tokens: mx.array | None = None, stores: list | None = None):
+        """Run the stock model under ``run``. Returns logits of the rows in ``run.take`` [B, r, V].
+
+        Args:
+            tokens: int32 [B, R]; None if rows enter at ``run.first``.
+            stores: where each layer's K/V live; None for none.
+        """
+        if tokens is None:  # the embedding of these is never computed: nothing reads it
+            tokens = mx.zeros(run.enters.shape[:2], dtype=mx.int32)
+        run.streams = self.streams
+        stores = stores if stores is not None else [NoStore()] * self.num_layers
+        run.contexts = [LayerContext(run, store) for store in stores]
+        outer, self.running = self.running, run  # pruning calls the head inside a pass
+        try:
+            return self.model(tokens, cache=run.contexts)
+        finally:
+            self.running = outer
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Norm and head of the stock model on chosen rows. hidden [B, r, E] -> logits [B, r, V]."""
+        rows = causal_rows(0, hidden.shape[1])
+        return self.forward(Pass(rows, first=self.num_layers, enters=hidden))
+
+    def add_streams(self, hidden: mx.array, rows: Rows) -> tuple[mx.array, Rows]:
+        """Begin the streams beside every main row (an ``at_cut`` for inline passes)."""
+        config = self.streams.config
+        rows = with_streams(
+            rows,
+            num_streams=config.num_streams,
+            at_host=config.stream_position == "t",
+            main_sees_streams=config.main_sees_streams,
+        )
+        return mx.concatenate([hidden, self.streams.begin(hidden)], axis=1), rows
+
+    def logits(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """Main logits [B, L, V] and stream logits [B, g, L, V] at every position of tokens [B, L].
+
+        Row i predicts token i + 1; stream j of row i predicts token i + 1 + j.
+        """
+        B, L = tokens.shape
+        run = Pass(causal_rows(0, L), at_cut=self.add_streams)
+        out = self.forward(run, tokens)
+        return out[:, :L], out[:, L:].reshape(B, self.streams.config.num_streams, L, -1)
+
+
+def attach(model: nn.Module, streams: Streams | None = None) -> Seams:
+    """Put the seams into ``model`` (again, if other streams were attached before)."""
+    detach(model)
+    return Seams(model, streams)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the seams out of ``model``, if there are any."""
+    seams = seams_of(model)
+    return seams.detach() if seams else model
+
+
+def seams_of(model: nn.Module) -> Seams | None:
+    return vars(model).get("_seams")
+
+
+def stream_shapes(model: nn.Module, config: StreamConfig) -> list[dict[str, tuple[int, int]]]:
+    """(d_in, d_out) of every projection that gets LoRA, per MSA layer, lowest first."""
+    shapes = []
+    for index, layer in enumerate(model.layers[-config.msa_layers :]):
+        shapes.append(
+            {
+                key: (projection.d_in, size)
+                for _, projection in projections_of(layer, index)
+                for key, size in zip(
+                    projection.only(config.lora_targets).keys, projection.sizes, strict=True
+                )
+                if key
+            }
+        )
+    return shapes
+
+
+class _Seam:
+    """Marks a class made by ``_with_seam``."""
+
+
+@cache
+def _with_seam(seam: type, stock: type) -> type:
+    made = type(stock.__name__, (seam, _Seam, stock), {"__module__": stock.__module__})
+    # mlx-lm reads the signature of __call__ (input_embeddings, say), so it must stay the stock one.
+    made.__call__ = wraps(stock.__call__)(lambda self, *a, **k: seam.__call__(self, *a, **k))
+    return made
+
+
+class _ModelSeam:
+    def __call__(self, inputs, *args, streams: bool = False, **kwargs):
+        if not streams:
+            return super().__call__(inputs, *args, **kwargs)
+        if args or kwargs:
+            raise ValueError("[model] streams=True takes tokens [B, L] alone: no cache, no embeddings.")
+        return self._seams.logits(inputs)
+
+
+class _LayerGate:
+    def __call__(self, x, mask=None, cache=None, *args, **kwargs):
+        if not isinstance(cache, LayerContext):
+            return super().__call__(x, mask, cache, *args, **kwargs)
+        run, index, seams = cache.run, self._seam_index, self._seams
+        last = index == seams.num_layers - 1
+        if index >= run.first:
+            if index == run.first and run.enters is not None:
+                x = run.enters
+            if index == seams.cut and run.first <= seams.cut:
+                if run.at_cut is not None:
+                    x, run.rows = run.at_cut(x, run.rows)
+                run.cut_hidden = x
+            x = super().__call__(x, run.mask(mask, cache.store.offset), cache, *args, **kwargs)
+        if last:
+            if run.first == seams.num_layers:
+                x = run.enters
+            run.last_hidden = x
+            if run.take is not None:
+                x = x[:, run.take]
+        return x
+
+
+class _RopeSeam:
+    def __call__(self, x, offset=0, *args, **kwargs):
+        if not (isinstance(offset, mx.array) and offset.ndim == 2):
+            return super().__call__(x, offset, *args, **kwargs)
+        # mx.fast.rope takes one offset per batch entry, so each row becomes one.
+        B, H, R, D = x.shape
+        positions = mx.broadcast_to(offset, (B, R)).reshape(-1)
+        rows = x.transpose(0, 2, 1, 3).reshape(B * R, H, 1, D)
+        rows = super().__call__(rows, positions, *args, **kwargs)
+        return rows.reshape(B, R, H, D).transpose(0, 2, 1, 3)
+
+
+class _ProjectionSeam:
+    def __call__(self, x):
+        run = self._seams.running
+        y = super().__call__(x)
+        if run is None or run.rows.stream_of is None:
+            return y
+        return run.add_lora(y, x, self._seam_projection)
+
+
+class _RouterSeam:
+    """Around SwitchGLU / SwitchMLP: says which of the rows that its experts see are streams."""
+
+    def __call__(self, x, indices):
+        run = self._seams.running
+        if run is None or run.rows.stream_of is None:
+            return super().__call__(x, indices)
+
+        def expert_rows(sorted_rows: bool) -> mx.array:
+            B, R, k = indices.shape
+            is_stream = mx.broadcast_to(mx.arange(R) >= run.rows.main, (B, R))
+            if not sorted_rows:  # x is [B, R, 1 or k, 1, d]
+                return is_stream[:, :, None, None, None]
+            # mlx-lm sorts the (row, expert) pairs by expert; the same sort tells where rows went.
+            order = mx.argsort(indices.flatten())
+            return is_stream.reshape(-1)[order // k][:, None, None]  # x is [B * R * k, 1, d]
+
+        run.expert_rows = expert_rows
+        return super().__call__(x, indices)
+
+
+class _ExpertSeam:
+    def __call__(self, x, indices, sorted_indices=False):
+        run = self._seams.running
+        y = super().__call__(x, indices, sorted_indices=sorted_indices)
+        if run is None or run.rows.stream_of is None:
+            return y
+        return run.add_expert_lora(y, x, self._seam_projection, sorted_indices)
+

@@ -1,0 +1,196 @@
+"""Training rows as mlx-lm reads them, and batches of them.
+
+A folder holds ``train.jsonl`` and ``valid.jsonl`` (each may end in ``.gz``). Rows are
+``{"prompt", "completion"}``, ``{"messages": [...]}`` or ``{"text"}``. Streams learn on the completion
+only: from the last prompt token onward, never before.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadData
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of prompt and completion, and where the completion begins (0: all of it)."""
+
+    tokens: list[int]
+    start: int
+
+    def hosts(self) -> range:
+        """Rows with streams that have something to predict.
+
+        Row i predicts token i + 1 and its stream j predicts token i + 1 + j:
+
+            tokens   x0 x1 | x2 x3 x4        start = 2, x4 ends the sequence
+            hosts       1    2               stream 1 of row 1 predicts x3, of row 2 x4
+        """
+        return range(max(self.start - 1, 0), len(self.tokens) - 2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences and the host rows to train on.
+
+    Shapes: tokens int32 [B, L]; hosts int32 [B, P]; targets int32 [B, g, P], -1 where there is none
+    (past the end of the sequence, or padding of hosts).
+    """
+
+    tokens: np.ndarray
+    hosts: np.ndarray
+    targets: np.ndarray
+
+
+def read_examples(folder: Path, split: str, tokenizer, max_length: int) -> tuple[list[Example], int]:
+    """The examples of a split, and how many rows were cut to ``max_length`` or left out as too short.
+
+    Raises:
+        BadData: no such file, an unreadable row (with file and line), or no usable row.
+    """
+    path = next(
+        (p for p in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if p.is_file()), None
+    )
+    if path is None:
+        raise BadData(f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither.")
+    examples, changed = [], 0
+    for number, row in _rows(path):
+        try:
+            example = _example(row, tokenizer)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise BadData(
+                f'[data] {path}:{number}: a row must have "prompt" and "completion", "messages" or '
+                f'"text": {error!r}.'
+            ) from None
+        if len(example.tokens) > max_length:
+            example = Example(example.tokens[:max_length], example.start)
+            changed += 1
+        if len(example.hosts()):
+            examples.append(example)
+        else:
+            changed += 1
+    if not examples:
+        raise BadData(f"[data] {path} has no row with at least two completion tokens to learn from.")
+    return examples, changed
+
+
+def has_split(folder: Path, split: str) -> bool:
+    return any((folder / f"{split}.jsonl{end}").is_file() for end in ("", ".gz"))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except (ValueError, EOFError, OSError) as error:
+        # A decoding error strikes while the next line is read.
+        at = number if isinstance(error, json.JSONDecodeError) else number + 1
+        raise BadData(f"[data] {path}:{at}: not a row of JSON in UTF-8: {error}.") from None
+
+
+def _example(row: dict, tokenizer) -> Example:
+    if "prompt" in row and "completion" in row:
+        if not all(isinstance(row[k], str) for k in ("prompt", "completion")):
+            raise ValueError("prompt and completion must be strings")
+        if not tokenizer.has_chat_template:
+            prompt = tokenizer.encode(row["prompt"])
+            rest = tokenizer.encode(row["completion"], add_special_tokens=False)
+            return Example([*prompt, *rest, tokenizer.eos_token_id], len(prompt))
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        return _chat(messages, None, tokenizer)
+    if "messages" in row:
+        return _chat(row["messages"], row.get("tools"), tokenizer)
+    if not isinstance(row["text"], str):
+        raise ValueError("text must be a string")
+    tokens = tokenizer.encode(row["text"])
+    if tokens[-1] != tokenizer.eos_token_id:
+        tokens.append(tokenizer.eos_token_id)
+    return Example(tokens, 0)
+
+
+def _chat(messages: list[dict], tools, tokenizer) -> Example:
+    """The last assistant message is the completion; what a template adds after its end is cut."""
+    if not tokenizer.has_chat_template:
+        raise ValueError("the tokenizer has no chat template, so rows must have prompt/completion or text")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message must be the assistant's")
+    tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+    start = len(
+        tokenizer.apply_chat_template(
+            messages[:-1], tools=tools, add_generation_prompt=True, return_dict=False
+        )
+    )
+    for end in range(start, len(tokens)):
+        if tokens[end] in tokenizer.eos_token_ids:
+            return Example(tokens[: end + 1], start)
+    return Example(tokens, start)
+
+
+def batches(
+    examples: list[Example], *, size: int, hosts: int, num_streams: int, seed: int, first: int = 0
+) -> Iterator[Batch]:
+    """Endless batches. Which examples and hosts batch i holds depends on (seed, i) alone.
+
+    Sequences of a batch have similar lengths, so that little of it is padding.
+
+    Args:
+        hosts: P, host rows drawn per sequence (short completions repeat none and are padded).
+        first: index of the first batch, to go on where an earlier run stopped.
+    """
+    per_epoch = max(1, len(examples) // size)
+    index, epoch, order = first, -1, []
+    while True:
+        if index // per_epoch != epoch:
+            epoch = index // per_epoch
+            order = _epoch_order(examples, size, np.random.default_rng([seed, epoch]))
+        rng = np.random.default_rng([seed, epoch, index])
+        chosen = [examples[k] for k in order[index % per_epoch]]
+        picked = []
+        for example in chosen:
+            rows = np.array(example.hosts())
+            picked.append(np.sort(rng.permutation(rows)[:hosts]))
+        yield make_batch(chosen, picked, num_streams)
+        index += 1
+
+
+def _epoch_order(examples: list[Example], size: int, rng) -> list[np.ndarray]:
+    shuffled = rng.permutation(len(examples))
+    pool, groups = 32 * size, []
+    for at in range(0, len(shuffled), pool):
+        part = shuffled[at : at + pool]
+        part = part[np.argsort([len(examples[k].tokens) for k in part], kind="stable")]
+        groups += [part[i : i + size] for i in range(0, len(part), size)]
+    full = [g for g in groups if len(g) == size] or groups
+    return [full[k] for k in rng.permutation(len(full))] + groups[: max(0, 1 - len(full))]
+
+
+def make_batch(examples: list[Example], hosts: list[np.ndarray], num_streams: int) -> Batch:
+    """Pad examples and their chosen host rows into one batch."""
+    B, L = len(examples), max(len(e.tokens) for e in examples)
+    P = max(len(h) for h in hosts)
+    tokens = np.zeros((B, L), np.int32)
+    rows = np.zeros((B, P), np.int32)
+    targets = np.full((B, num_streams, P), -1, np.int32)
+    for b, (example, chosen) in enumerate(zip(examples, hosts, strict=True)):
+        ids = np.array(example.tokens, np.int32)
+        tokens[b, : len(ids)] = ids
+        rows[b, : len(chosen)] = chosen
+        for j in range(1, num_streams + 1):
+            at = chosen + 1 + j
+            inside = at < len(ids)
+            targets[b, j - 1, : len(chosen)][inside] = ids[at[inside]]
+    return Batch(tokens, rows, targets)

@@ -1,0 +1,106 @@
+"""The future n-gram loss (method Eq. 5) in lossless mode: base frozen, alpha_0 = 0.
+
+The base runs once over the sequences without gradient; then only stream rows run through the MSA
+layers, attending to the keys and values that the base left there. That is the deferred placement of
+decoding with many hosts at once.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..model.cache import FixedPrefix, NoStore
+from ..model.rows import causal_rows, stream_rows
+from ..model.seams import Pass, Seams
+from .data import Batch
+
+HEAD_ELEMENTS = 1 << 24  # logits held at once per chunk of the head (64 MB in fp32)
+
+
+def base_pass(seams: Seams, tokens: mx.array) -> tuple[mx.array, list]:
+    """Run the frozen base over tokens [B, L].
+
+    Returns:
+        M^{N-Ns} [B, L, E], and per layer where its K/V lie (MSA layers) or nothing.
+    """
+    run = Pass(causal_rows(0, tokens.shape[1]), take=slice(0, 1))
+    seams.forward(run, tokens)
+    stores = [
+        FixedPrefix(*context.fresh) if index >= seams.cut else NoStore()
+        for index, context in enumerate(run.contexts)
+    ]
+    return run.cut_hidden, stores
+
+
+def stream_hidden(seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.array) -> mx.array:
+    """Last hidden states of the streams of ``hosts`` [B, P] -> [B, g * P, E], stream-major."""
+    config = seams.streams.config
+    rows = stream_rows(
+        hosts=hosts,
+        num_streams=config.num_streams,
+        at_host=config.stream_position == "t",
+        prefix=cut_hidden.shape[1],
+    )
+    at_hosts = mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)  # [B, P, E]
+    run = Pass(rows, first=seams.cut, enters=seams.streams.begin(at_hosts), take=slice(0, 1))
+    seams.forward(run, stores=stores)
+    return run.last_hidden
+
+
+def stream_losses(seams: Seams, batch: Batch) -> mx.array:
+    """Mean cross-entropy of each stream over its valid targets, float32 [g]."""
+    cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
+    cut_hidden = mx.stop_gradient(cut_hidden)
+    hidden = stream_hidden(seams, cut_hidden, stores, mx.array(batch.hosts))
+    B, g, P = batch.targets.shape
+    targets = mx.array(batch.targets.reshape(B, g * P))
+    # The head over a large vocabulary is the largest array of a step, so it goes in chunks whose
+    # logits are made again for the gradient.
+    step = max(1, HEAD_ELEMENTS // (B * seams.vocabulary_size))
+    parts = [
+        _head_loss(seams, targets[:, at : at + step])(hidden[:, at : at + step])
+        for at in range(0, g * P, step)
+    ]
+    losses = mx.concatenate(parts, axis=1) * (targets >= 0)
+    sums = losses.reshape(B, g, P).sum(axis=(0, 2))
+    return sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
+
+
+def _head_loss(seams: Seams, targets: mx.array):
+    """Hidden [B, r, E] -> cross-entropy [B, r] against targets [B, r] (-1 counts as 0)."""
+
+    def loss(hidden):
+        logits = seams.head(hidden).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, mx.maximum(targets, 0), reduction="none")
+
+    return mx.checkpoint(loss)
+
+
+def evaluate(seams: Seams, batches: list[Batch], top_k: int) -> dict[str, list[float]]:
+    """Validation loss, top-1 and top-k accuracy of each stream.
+
+    Returns:
+        {"loss": [g], "top1": [g], "topk": [g]} over all valid targets.
+    """
+    g = seams.streams.config.num_streams
+    total, loss, top1, topk = (np.zeros(g) for _ in range(4))
+    for batch in batches:
+        cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
+        hidden = stream_hidden(seams, cut_hidden, stores, mx.array(batch.hosts))
+        B, _, P = batch.targets.shape
+        logits = seams.head(hidden).astype(mx.float32)
+        targets = mx.array(batch.targets.reshape(B, g * P))
+        own = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)
+        rank = (logits > own).sum(axis=-1)
+        nll = mx.logsumexp(logits, axis=-1) - own[..., 0]
+        valid = (targets >= 0).reshape(B, g, P)
+        for sums, value in ((loss, nll), (top1, rank < 1), (topk, rank < top_k), (total, targets >= 0)):
+            sums += np.array((value.reshape(B, g, P) * valid).sum(axis=(0, 2)))
+    total = np.maximum(total, 1)
+    return {
+        "loss": (loss / total).tolist(),
+        "top1": (top1 / total).tolist(),
+        "topk": (topk / total).tolist(),
+    }
