@@ -13,6 +13,10 @@ One step of decoding (``decode/step.py``):
     draft -> lower layers -> prune -> MSA layers -> verify -> commit -> streams -> draft ...
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+
 from .blas import load_fast_blas as _load_fast_blas
 
 _load_fast_blas()  # must come before the first import of mlx.core
@@ -31,10 +35,20 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str):
-    """Public names are imported on first use, so that ``--help`` is instant."""
-    if name in _PUBLIC:
-        import importlib
+class _Package(ModuleType):
+    """Public names are imported on first use, so that ``--help`` is instant.
 
-        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    ``load`` and ``generate`` are also names of modules; importing those must not hide the functions.
+    """
+
+    def __getattr__(self, name: str):
+        if name in _PUBLIC:
+            return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value):
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

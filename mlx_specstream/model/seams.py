@@ -48,7 +48,8 @@ class Pass:
         enters: hidden states [B, R, E] that replace what comes out of the skipped layers.
         at_cut: called with (hidden [B, n, E], rows) before the first MSA layer; returns both anew.
         take: which rows go through norm and head: a slice or int32 indices; None means all.
-        cut_hidden: caught: hidden states before the first MSA layer, after ``at_cut`` pruned them.
+        takes_main: the main rows go through the head, however many are left after the cut.
+        cut_hidden: caught: hidden states before the first MSA layer (``at_cut`` may set it anew).
         last_hidden: caught: hidden states after the last layer, all rows [B, R, E].
     """
 
@@ -58,6 +59,7 @@ class Pass:
     enters: mx.array | None = None
     at_cut: Callable[[mx.array, Rows], tuple[mx.array, Rows]] | None = None
     take: slice | mx.array | None = None
+    takes_main: bool = False
     cut_hidden: mx.array | None = None
     last_hidden: mx.array | None = None
     contexts: list[LayerContext] = field(default_factory=list)
@@ -255,16 +257,17 @@ class _LayerGate:
             if index == run.first and run.enters is not None:
                 x = run.enters
             if index == seams.cut and run.first <= seams.cut:
+                run.cut_hidden = x
                 if run.at_cut is not None:
                     x, run.rows = run.at_cut(x, run.rows)
-                run.cut_hidden = x
             x = super().__call__(x, run.mask(mask, cache.store.offset), cache, *args, **kwargs)
         if last:
             if run.first == seams.num_layers:
                 x = run.enters
             run.last_hidden = x
-            if run.take is not None:
-                x = x[:, run.take]
+            take = slice(0, run.rows.main) if run.takes_main else run.take
+            if take is not None:
+                x = x[:, take]
         return x
 
 

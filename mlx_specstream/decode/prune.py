@@ -1,0 +1,55 @@
+"""prune: the early exit at the cut tells which nodes are worth the MSA layers (method 1.6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import BadArgument
+from .tree import Tree
+
+
+@dataclass(frozen=True)
+class PruneRule:
+    """Which nodes stay. Exactly one of the two is set.
+
+    Args:
+        keep: this many nodes, the most probable by product along the path (fixed shapes).
+        threshold: a sub-tree goes when P(child | parent) of its top node is below this (0..1).
+    """
+
+    keep: int | None = None
+    threshold: float | None = None
+
+    def __post_init__(self):
+        if (self.keep is None) == (self.threshold is None):
+            raise BadArgument("[prune] set either 'keep' or 'threshold'.")
+        if self.keep is not None and self.keep < 1:
+            raise BadArgument(f"[prune] 'keep' must be >= 1, got {self.keep}.")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise BadArgument(f"[prune] 'threshold' must lie in 0..1, got {self.threshold}.")
+
+
+def edge_logprobs(tree: Tree, logits: mx.array) -> np.ndarray:
+    """log P(node | parent) by the early exit; logits [n, V] at the cut -> float32 [n] (root: 0)."""
+    if tree.size == 1:
+        return np.zeros(1, np.float32)
+    parents, tokens = mx.array(tree.parents[1:]), mx.array(tree.tokens[1:])
+    logits = logits.astype(mx.float32)
+    norm = mx.logsumexp(logits, axis=-1)
+    scores = logits[parents, tokens] - norm[parents]
+    return np.concatenate([np.zeros(1, np.float32), np.array(scores)])
+
+
+def nodes_to_keep(tree: Tree, logprobs: np.ndarray, rule: PruneRule) -> np.ndarray:
+    """Indices of the nodes that stay, ascending; with every node its parent, always the root."""
+    along = np.where(tree.ancestors, logprobs[None], 0.0)
+    if rule.threshold is not None:
+        weakest = np.where(tree.ancestors, logprobs[None], 0.0).min(axis=1)
+        with np.errstate(divide="ignore"):
+            return np.flatnonzero(weakest >= np.log(rule.threshold))
+    # A path's probability never grows with depth, and equal ones keep the parent first.
+    order = np.lexsort((np.arange(tree.size), -along.sum(axis=1)))
+    return np.sort(order[: rule.keep])

@@ -1,0 +1,79 @@
+"""Which architectures can do tree decoding and multi-stream attention through the seams."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
+
+from ..errors import UnsupportedModel
+from .cache import make_prompt_cache
+from .rows import tree_rows
+from .seams import Pass, Seams
+
+# Each has a parity test (tests/test_architectures.py): tree and streams against plain decoding.
+TESTED = frozenset(
+    "llama mistral qwen2 qwen3 qwen3_moe mixtral phi phi3 gemma2 gemma3_text gpt_oss smollm3 olmo2 "
+    "cohere olmo3 stablelm starcoder2 granite glm4 exaone4 internlm2 seed_oss".split()
+)
+# Why some cannot (yet); everything else is probed when it is loaded.
+REFUSED = {
+    "ministral3": "its attention scales queries by a position that it reads once per batch",
+    "gpt2": "it has learned positions, read once per batch",
+    "gemma4_text": "its layers share K/V and take per-layer inputs",
+}
+TOLERANCE = 2e-2  # of the largest logit: wide enough for 16-bit weights, wrong positions give more
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise UnsupportedModel, with the reason, if ``model`` cannot have streams."""
+    kind = getattr(model, "model_type", type(model).__name__)
+    why = REFUSED.get(kind) or _structural(model)
+    if why is None and kind not in TESTED:
+        why = _probe(model)
+    if why is not None:
+        raise UnsupportedModel(
+            f"[streams] model_type '{kind}' cannot have streams: {why}; use it without streams."
+        )
+
+
+def _structural(model: nn.Module) -> str | None:
+    layers = getattr(model, "layers", None)
+    if not layers:
+        return "it has no list of layers"
+    caches = model.make_cache() if hasattr(model, "make_cache") else make_prompt_cache(model)
+    others = sorted({type(c).__name__ for c in caches if not isinstance(c, KVCache | RotatingKVCache)})
+    if others:
+        return f"it has recurrent or hybrid layers ({', '.join(others)}), whose state cannot branch"
+    if len(caches) != len(layers):
+        return f"its {len(layers)} layers share {len(caches)} K/V caches"
+    if any(isinstance(m, DynamicNTKScalingRoPE) for _, m in model.named_modules()):
+        return "its rope (dynamic NTK) rejects a position per token"
+    return None
+
+
+def _probe(model: nn.Module) -> str | None:
+    """Two branches of a tiny tree against plain decoding of each: the architecture's own word."""
+    prompt, branches = [1, 2, 3], (4, 5)
+    try:
+        seams = Seams(model)
+        try:
+            stores = make_prompt_cache(model)
+            model(mx.array([prompt]), cache=stores)
+            depth = np.array([0, 1, 1])
+            sees = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)
+            run = Pass(tree_rows(len(prompt), depth, sees))
+            tree = seams.forward(run, mx.array([[6, *branches]]), stores)[0]
+            mx.eval(tree)
+        finally:
+            seams.detach()
+        for node, token in enumerate(branches, 1):
+            plain = model(mx.array([[*prompt, 6, token]]))[0, -1]
+            worst = (mx.abs(plain - tree[node]).max() / mx.abs(plain).max()).item()
+            if not worst < TOLERANCE:
+                return f"its forward does not follow a position per token (difference {worst:.1e})"
+    except Exception as error:  # whatever an unknown forward does with objects it does not expect
+        return f"its forward does not fit the seams ({type(error).__name__}: {str(error)[:120]})"
+    return None
