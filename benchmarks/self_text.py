@@ -4,13 +4,11 @@ Streams predict what the base will say, so its own text teaches them more than t
 answers do. Uses mlx-lm's batched generation; deterministic. The output holds text derived from the
 task data and is not meant to be committed.
 
-    python benchmarks/self_text.py --model M --out DIR --rows 4000 [--data ../shared/data]
+    python benchmarks/self_text.py --model M --out DIR --rows 8000
 """
 
 import argparse
-import gzip
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -18,26 +16,18 @@ from pathlib import Path
 import mlx_specstream  # noqa: F401  finds a fast BLAS before mlx loads
 from mlx_lm import load
 from mlx_lm.generate import batch_generate
-
-FORMS = {"e2e": "MR: {}\nText:", "sqlctx": "{}"}  # the forms the base was trained with
-
-
-def prompts_of(folder: Path, split: str, task: str) -> list[str]:
-    """The distinct prompts of a split, sorted, in the base's form, beginning with ``<s>``."""
-    with gzip.open(folder / task / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        distinct = sorted({json.loads(line)["prompt"] for line in lines})
-    return ["<s>" + FORMS[task].format(prompt) for prompt in distinct]
-
+from tasks import FORMS, distinct_prompts
 
 def complete(model, tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[str, str]]:
     """(prompt, completion) pairs; answers that do not end within ``max_tokens`` are dropped."""
-    tokens = [tokenizer.encode(p, add_special_tokens=False) for p in prompts]
+    bos = tokenizer.bos_token_id
+    tokens = [[bos, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
     out = batch_generate(
         model, tokenizer, tokens, max_tokens=max_tokens, return_token_ids=True,
         completion_batch_size=64, prefill_batch_size=16,
     )
     return [
-        (prompt, tokenizer.decode(ids))
+        (prompt, tokenizer.decode(ids).strip(" "))
         for prompt, ids in zip(prompts, out.token_ids, strict=True)
         if 0 < len(ids) < max_tokens
     ]
@@ -47,11 +37,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--rows", type=int, default=4000, help="train prompts per task")
+    parser.add_argument("--rows", type=int, default=8000, help="train prompts per task")
     parser.add_argument("--valid-rows", type=int, default=100)
     parser.add_argument("--max-tokens", type=int, default=96)
-    shared = Path(os.environ.get("SPECSTREAM_DATA", "../shared"))
-    parser.add_argument("--data", type=Path, default=shared / "data")
     args = parser.parse_args()
 
     model, tokenizer = load(args.model)
@@ -60,9 +48,10 @@ def main():
     for split, count in (("valid", args.valid_rows), ("train", args.rows)):
         pairs = []
         for task in FORMS:
-            prompts = prompts_of(args.data, "train", task)
-            random.Random(f"{split} {task}").shuffle(prompts)
-            chosen = prompts[-count:] if split == "valid" else prompts[:count][: len(prompts) - args.valid_rows]
+            prompts = distinct_prompts(task, "train")
+            random.Random(task).shuffle(prompts)
+            free = prompts[: len(prompts) - args.valid_rows]  # the last ones are for validation
+            chosen = prompts[-count:] if split == "valid" else free[:count]
             pairs += complete(model, tokenizer, chosen, args.max_tokens)
         random.Random(3).shuffle(pairs)
         with open(args.out / f"{split}.jsonl", "w", encoding="utf-8") as file:

@@ -10,7 +10,12 @@ import mlx.nn as nn
 from ..errors import UnsupportedModel
 
 # Names in mlx-lm that differ from ours: attribute -> our name.
-ALIASES = {"dense": "o_proj", "fc1": "up_proj", "fc2": "down_proj"}
+ALIASES = {
+    **{"dense": "o_proj", "fc1": "up_proj", "fc2": "down_proj"},  # phi
+    **{"c_fc": "up_proj", "c_proj": "down_proj"},  # starcoder2
+    # internlm2; its wqkv interleaves heads, so it has no column blocks and gets no LoRA
+    **{"wo": "o_proj", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
+}
 PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *ALIASES)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 

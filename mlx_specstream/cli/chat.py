@@ -1,0 +1,152 @@
+"""Chat with a model. /reset forgets the conversation, /help lists the commands, Ctrl-C stops an answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import options
+
+HELP = "chat with a model"
+COMMANDS = """/reset  forget the conversation
+/stats  show or hide speed after each answer
+/help   this list
+/exit   leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--system-prompt", help="system message of the conversation")
+    options.add_streams(parser)
+    options.add_sampling(parser, max_tokens=512)
+
+
+def run(args: argparse.Namespace) -> None:
+    keywords = options.generation_arguments(args)
+    model, tokenizer = options.load_model(args)
+    from ..errors import BadArgument
+
+    if not tokenizer.has_chat_template:
+        raise BadArgument("[chat] this model has no chat template; use mlx-specstream generate.")
+    conversation = Conversation(model, tokenizer, args.system_prompt, keywords)
+    read = _reader()
+    show_stats = True
+    print(COMMANDS, file=sys.stderr)
+    while True:
+        try:
+            text = read().strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:  # clears the line, as in a shell
+            print(file=sys.stderr)
+            continue
+        if text == "/exit":
+            break
+        if text == "/reset":
+            conversation.reset()
+            print("conversation forgotten", file=sys.stderr)
+        elif text == "/stats":
+            show_stats = not show_stats
+        elif text.startswith("/"):
+            print(COMMANDS, file=sys.stderr)
+        elif text:
+            _answer(conversation, text, show_stats)
+
+
+class Conversation:
+    """Messages so far and the K/V of the tokens they became.
+
+    Only tokens behind the common prefix with the turn before are fed to the model.
+    """
+
+    def __init__(self, model, tokenizer, system_prompt: str | None, keywords: dict):
+        self.model, self.tokenizer, self.keywords = model, tokenizer, keywords
+        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = list(self.system)
+        self._cache, self._fed = None, []
+
+    def answer(self, text: str):
+        """Yield the responses to a message. Closing or interrupting keeps what was said so far."""
+        from ..generate import stream_generate
+
+        self.messages.append({"role": "user", "content": text})
+        tokens = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        known = self._reuse(tokens)
+        self._fed = list(tokens)
+        said = ""
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                tokens[known:],
+                prompt_cache=self._cache,
+                **self.keywords,
+            ):
+                self._fed.append(response.token)
+                said += response.text
+                yield response
+        except BaseException:
+            if not said:  # nothing was answered: as if it had not been asked
+                self._cache, self._fed = None, []
+            raise
+        finally:
+            if said:
+                self.messages.append({"role": "assistant", "content": said})
+            else:
+                self.messages.pop()
+
+    def _reuse(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` the cache already holds; the cache is cut to them (or made anew)."""
+        from mlx_lm.models import cache as mlx_lm_cache
+
+        from ..model.cache import make_prompt_cache
+        from ..model.seams import seams_of
+
+        known = 0
+        limit = min(len(tokens) - 1, len(self._fed))  # one token must be left to feed
+        while known < limit and tokens[known] == self._fed[known]:
+            known += 1
+        surplus = len(self._fed) - known
+        if self._cache is not None and known:
+            if not surplus:
+                return known
+            if mlx_lm_cache.can_trim_prompt_cache(self._cache):
+                mlx_lm_cache.trim_prompt_cache(self._cache, surplus)
+                return known
+        streams = seams_of(self.model) is not None and self.keywords["use_streams"]
+        make = make_prompt_cache if streams else mlx_lm_cache.make_prompt_cache
+        self._cache = make(self.model)
+        return 0
+
+
+def _answer(conversation: Conversation, text: str, show_stats: bool) -> None:
+    responses = conversation.answer(text)
+    response = None
+    try:
+        for response in responses:
+            print(response.text, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        responses.close()
+        print("\n(stopped)", file=sys.stderr)
+    if show_stats and response is not None:
+        print(
+            f"[{response.generation_tokens} tokens, {response.generation_tps:.1f} per second, "
+            f"{response.tokens_per_pass:.2f} per pass]",
+            file=sys.stderr,
+        )
+
+
+def _reader():
+    """A function that reads a line: with history and editing on a terminal, plainly from a pipe."""
+    if not sys.stdin.isatty():
+        return lambda: input()
+    from prompt_toolkit import PromptSession
+
+    session = PromptSession()
+    return lambda: session.prompt(">> ")

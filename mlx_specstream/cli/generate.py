@@ -1,0 +1,65 @@
+"""Generate an answer to a prompt. The text goes to stdout, the statistics to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import options
+
+HELP = "generate an answer to a prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--prompt", "-p", required=True, help="the prompt; - reads stdin")
+    parser.add_argument("--system-prompt", help="system message for the chat template")
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="feed the prompt as it is"
+    )
+    parser.add_argument(
+        "--extra-eos-token", nargs="+", help="more tokens that end the answer"
+    )
+    options.add_streams(parser)
+    options.add_sampling(parser, max_tokens=100)
+    mlx_lm = parser.add_argument_group("mlx-lm's own options (with --no-streams or without streams)")
+    mlx_lm.add_argument("--draft-model", help="a draft model for mlx-lm's speculative decoding")
+    mlx_lm.add_argument("--num-draft-tokens", type=int, help="tokens per draft of --draft-model")
+    mlx_lm.add_argument("--max-kv-size", type=int, help="tokens in a rotating K/V cache")
+    mlx_lm.add_argument("--kv-bits", type=int, help="bits of a quantised K/V cache")
+    parser.add_argument("--quiet", action="store_true", help="no statistics")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..errors import BadArgument
+    from ..generate import statistics, stream_generate
+
+    keywords = options.generation_arguments(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise BadArgument("[prompt] must hold at least one token; got an empty prompt.")
+    if args.max_tokens == 0 or args.max_tokens < -1:  # before a large model is read
+        raise BadArgument(
+            f"[max_tokens] must be a positive whole number, or -1 for no limit; got {args.max_tokens}."
+        )
+    model, tokenizer = options.load_model(args)
+    if args.draft_model:
+        from ..load import load
+
+        keywords["draft_model"], _ = load(args.draft_model)
+    for name in ("num_draft_tokens", "max_kv_size", "kv_bits"):
+        if getattr(args, name) is not None:
+            keywords[name] = getattr(args, name)
+    if tokenizer.has_chat_template and not args.ignore_chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        if args.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": args.system_prompt})
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    response = None
+    for response in stream_generate(model, tokenizer, prompt, **keywords):
+        print(response.text, end="", flush=True)
+    print()
+    if not args.quiet:
+        print(statistics(response), file=sys.stderr)

@@ -1,0 +1,59 @@
+"""``mlx-specstream``: finds the command, runs it, turns errors of the user into one line and exit 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import __version__, blas
+from ..errors import SpecStreamError
+from . import chat, convert, generate, train
+
+COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "train": train}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-specstream",
+        description="Speculative Streaming on MLX: the same text in fewer passes, without a draft model.",
+    )
+    parser.add_argument("--version", action="store_true", help="print versions and the BLAS in use")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code (0 ok, 2 an error of the user, 130 interrupted)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        print(_versions())
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        COMMANDS[args.command].run(args)
+    except (SpecStreamError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"mlx-specstream: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlx-specstream: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    import mlx.core  # noqa: F401  so that its BLAS is loaded
+
+    parts = [f"mlx-specstream {__version__}"]
+    parts += [f"{name} {version(name)}" for name in ("mlx", "mlx-lm")]
+    return ", ".join(parts) + f"; BLAS: {blas.name()}"

@@ -1,0 +1,90 @@
+"""Arguments that several commands share: the model, its streams, sampling, the draft."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="model folder, or hub id (owner/name)")
+    group.add_argument("--adapter-path", help="folder of mlx-lm LoRA adapters")
+    group.add_argument("--revision", help="hub revision")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let the tokenizer run code of the repository"
+    )
+
+
+def add_streams(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("streams")
+    group.add_argument("--streams", help="streams folder (default: the one inside the model folder)")
+    group.add_argument(
+        "--force", action="store_true", help="use streams trained on another base (slower, same text)"
+    )
+    group.add_argument("--no-streams", action="store_true", help="decode plainly")
+    group.add_argument("--tree", help="chain, cartesian:K or best:M (default: chosen for you)")
+    group.add_argument(
+        "--placement", choices=("inline", "deferred"), help="where streams run (default: chosen for you)"
+    )
+    group.add_argument("--prune-keep", type=int, help="keep this many nodes at the early exit")
+    group.add_argument(
+        "--prune-threshold", type=float, help="drop sub-trees below this probability at the early exit"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens", "-m", type=int, default=max_tokens, help="-1: no limit (default: %(default)s)"
+    )
+    group.add_argument("--temp", type=float, default=0.0, help="temperature (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: %(default)s)")
+    group.add_argument("--min-p", type=float, default=0.0, help="default: %(default)s")
+    group.add_argument("--top-k", type=int, default=0, help="default: %(default)s (off)")
+    group.add_argument("--seed", type=int, help="of the sampler (default: a new one every time)")
+
+
+def load_model(args: argparse.Namespace):
+    """(model, tokenizer) as the arguments say."""
+    from ..load import load
+
+    model, tokenizer = load(
+        args.model,
+        adapter_path=args.adapter_path,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        streams=args.streams,
+        force=args.force,
+    )
+    for token in getattr(args, "extra_eos_token", None) or []:
+        tokenizer.add_eos_token(token)
+    return model, tokenizer
+
+
+def generation_arguments(args: argparse.Namespace) -> dict:
+    """Keyword arguments of ``stream_generate`` for streams and sampling."""
+    from mlx_lm.sample_utils import make_sampler
+
+    from ..decode.prune import PruneRule
+    from ..errors import BadArgument
+
+    for name, ok, rule in (
+        ("temp", args.temp >= 0, ">= 0"),
+        ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+        ("min_p", 0 <= args.min_p <= 1, "in [0, 1]"),
+        ("top_k", args.top_k >= 0, ">= 0"),
+    ):
+        if not ok:
+            raise BadArgument(f"[{name}] must be {rule}, got {getattr(args, name)}.")
+    prune = None
+    if args.prune_keep is not None or args.prune_threshold is not None:
+        prune = PruneRule(args.prune_keep, args.prune_threshold)
+    return {
+        "max_tokens": args.max_tokens,
+        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+        "seed": args.seed,
+        "use_streams": not args.no_streams,
+        "tree": args.tree,
+        "placement": args.placement,
+        "prune": prune,
+    }

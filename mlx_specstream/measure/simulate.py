@@ -1,0 +1,94 @@
+"""How many passes a tree would take, from one teacher-forced pass over the base's greedy text.
+
+With the V1 mask and greedy decoding the streams of a position depend only on the text before it, not
+on the tree that led there. So one pass over the finished text gives every stream's guesses at every
+position, and any tree can be replayed on them: the result is exact, prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..decode.draft import Guesses, draft, guesses_from
+from ..decode.tree import TreeShape
+from ..decode.verify import accept
+from ..model.seams import Seams
+from ..train.loss import base_pass, stream_hidden
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A replayed answer.
+
+    Args:
+        tokens: generated tokens (an end-of-sequence token included).
+        accepted: how many drafted tokens each pass accepted.
+        nodes: how many nodes each pass fed.
+    """
+
+    tokens: int
+    accepted: list[int]
+    nodes: list[int]
+
+    @property
+    def passes(self) -> int:
+        return len(self.accepted)
+
+
+def guesses_along(seams: Seams, prompt: list[int], answer: list[int], count: int) -> list[Guesses]:
+    """What the streams guess at each host row, the last prompt token first.
+
+    Entry i belongs to the host that predicts answer[i]; its stream j predicts answer[i + j].
+    """
+    tokens = mx.array([[*prompt, *answer]])
+    cut_hidden, stores = base_pass(seams, tokens)
+    hosts = mx.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))[None]
+    hidden = stream_hidden(seams, cut_hidden, stores, hosts)
+    g, n = seams.streams.config.num_streams, len(answer)
+    flat = guesses_from(seams.head(hidden)[0], min(count, seams.vocabulary_size))
+    return [Guesses(flat.tokens[i::n][:g], flat.logprobs[i::n][:g]) for i in range(n)]
+
+
+def replay(
+    guesses: list[Guesses],
+    answer: list[int],
+    shape: TreeShape,
+    max_tokens: int,
+    stop: Collection[int],
+) -> Replay:
+    """Count the passes that ``shape`` takes for an answer, as the real decoder would.
+
+    Args:
+        guesses: of ``guesses_along``, with at least ``shape.candidates(V)`` tokens per stream.
+        answer: the base's own greedy tokens, an end-of-sequence token included.
+    """
+    done, accepted, nodes = 1, [], []  # the first token comes from the prompt's own pass
+    while done < min(len(answer), max_tokens) and answer[done - 1] not in stop:
+        tree = draft(
+            answer[done - 1], guesses[done - 1], shape, max_depth=max_tokens - done - 1
+        )
+        said = answer[done:]
+        outcome = accept(
+            tree,
+            lambda node, tree=tree, said=said: said[tree.depth[node]],
+            limit=max_tokens - done,
+            stop=stop,
+        )
+        accepted.append(len(outcome.tokens) - 1)
+        nodes.append(tree.size)
+        done += len(outcome.tokens)
+    return Replay(done, accepted, nodes)
+
+
+def tokens_per_pass(replays: list[Replay]) -> float:
+    """Sum over sum, as the whole project counts it."""
+    return sum(r.tokens - 1 for r in replays) / max(1, sum(r.passes for r in replays))
+
+
+def acceptance_by_depth(replays: list[Replay], depth: int) -> list[float]:
+    """Share of passes that accepted at least 1, 2, .. ``depth`` drafted tokens."""
+    passes = max(1, sum(r.passes for r in replays))
+    return [sum(a >= d for r in replays for a in r.accepted) / passes for d in range(1, depth + 1)]

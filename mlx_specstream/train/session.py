@@ -1,0 +1,134 @@
+"""One training run from a stock model and a data folder to a streams folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..config import StreamConfig
+from ..errors import BadArgument
+from ..model.checkpoint import fingerprint, save_streams
+from ..model.projections import embedding_of, weight_shape
+from ..model.seams import Seams, attach, stream_shapes
+from ..model.streams import Streams
+from ..model.support import check_supported
+from .data import Example, has_split, make_batch, read_examples
+from .loss import base_pass
+from .trainer import CHECKPOINT, Progress, TrainConfig, Trainer
+
+EMBEDDING_SHARE = 0.05  # initial P_j against the RMS of the hidden states they are added to
+MAX_HELD_OUT = 200  # rows taken from the training data where there is no validation file
+
+
+def default_msa_layers(num_layers: int) -> int:
+    """A quarter of the layers, at most four: more cost a pass more than they bring."""
+    return max(1, min(4, num_layers // 4))
+
+
+def train_streams(
+    model: nn.Module,
+    tokenizer,
+    data: Path,
+    out: Path,
+    streams: StreamConfig,
+    config: TrainConfig,
+    *,
+    max_length: int = 2048,
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> dict[str, Any]:
+    """Train streams for a frozen model and write them to ``out``.
+
+    A finished streams folder in ``out`` stays as it is until the new run is finished.
+
+    Args:
+        data: folder with train.jsonl[.gz] and, if there is one, valid.jsonl[.gz].
+        max_length: longer rows are cut to this many tokens.
+        resume: go on from the checkpoint in ``out``.
+        report: called after every step; ``note``: called with lines for the user.
+
+    Returns:
+        What is stored as ``training`` in streams.json.
+
+    Raises:
+        BadData, BadArgument, BadCheckpoint, UnsupportedModel
+    """
+    check_supported(model)
+    if streams.main_sees_streams:
+        raise BadArgument("[train] main_sees_streams changes the base's output; lossless training cannot.")
+    if streams.msa_layers > len(model.layers):
+        raise BadArgument(
+            f"[train] 'msa_layers' must be at most the model's {len(model.layers)} layers, "
+            f"got {streams.msa_layers}."
+        )
+    train, valid = _read(data, tokenizer, max_length, note)
+    mx.random.seed(config.seed)
+    base = fingerprint(model)
+    seams = attach(model, _new_streams(model, streams))
+    _scale_embeddings(seams, train[: config.batch_size])
+    trainer = Trainer(seams, config, out)
+    if resume:
+        trainer.resume()
+        note(f"resumed at step {trainer.iteration}")
+    extra = sum(v.size for _, v in tree_flatten(seams.streams.parameters()))
+    note(f"{len(train)} rows to train on, {len(valid)} held out; {extra:,} parameters in the streams")
+    try:
+        trainer.run(train, valid, report)
+    except KeyboardInterrupt:
+        trainer.save()
+        raise
+    about = {
+        "mode": "lossless",
+        "steps": trainer.iteration,
+        "seconds": round(trainer.seconds, 1),
+        "config": asdict(config),
+        "parameters": extra,
+        "validation": trainer.history[-1] if trainer.history else None,
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-specstream")},
+    }
+    save_streams(out, seams.streams, base, about)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return about
+
+
+def _read(data: Path, tokenizer, max_length: int, note) -> tuple[list[Example], list[Example]]:
+    train, changed = read_examples(data, "train", tokenizer, max_length)
+    if changed:
+        note(f"{changed} training rows were cut to {max_length} tokens or left out as too short")
+    if has_split(data, "valid"):
+        return train, read_examples(data, "valid", tokenizer, max_length)[0]
+    if len(train) < 2:
+        raise BadArgument(f"[train] {data} has one training row and no validation file; add rows.")
+    held_out = min(MAX_HELD_OUT, max(1, len(train) // 20))
+    note(f"no valid.jsonl: {held_out} training rows are held out for validation")
+    return train[:-held_out], train[-held_out:]
+
+
+def _new_streams(model: nn.Module, config: StreamConfig) -> Streams:
+    shapes = stream_shapes(model, config)
+    if config.lora_rank and not any(shapes):
+        raise BadArgument(
+            f"[train] none of {', '.join(config.lora_targets)} is a projection of this model; "
+            "choose other --lora-targets."
+        )
+    return Streams(config, weight_shape(embedding_of(model))[1], shapes, embedding_scale=1.0)
+
+
+def _scale_embeddings(seams: Seams, examples: list[Example]) -> None:
+    """Make the initial P_j small against the hidden states they are added to."""
+    if seams.streams.config.value_rotation:
+        return
+    batch = make_batch(examples, [e.hosts()[:1] for e in examples], 1)
+    hidden, _ = base_pass(seams, mx.array(batch.tokens))
+    rms = mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
+    seams.streams.embeddings = EMBEDDING_SHARE * rms * seams.streams.embeddings
+    mx.eval(seams.streams.parameters())
