@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--dequantize", action="store_true", help="dequantise a quantised model")
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let the tokenizer run code of the repository"
+        "--trust-remote-code", action="store_true", help="let the repository's own code run"
     )
 
 

@@ -11,7 +11,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter-path", help="folder of mlx-lm LoRA adapters")
     group.add_argument("--revision", help="hub revision")
     group.add_argument(
-        "--trust-remote-code", action="store_true", help="let the tokenizer run code of the repository"
+        "--trust-remote-code", action="store_true", help="let the repository's own code run"
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..config import FORMAT_VERSION, StreamConfig
-from ..errors import BadArgument, BadCheckpoint, StreamsMismatch
+from ..errors import BadCheckpoint, StreamsMismatch
 from .projections import embedding_of, weight_shape
 from .seams import stream_shapes
 from .streams import Streams
@@ -132,8 +132,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         )
     try:
         description["config"] = StreamConfig.from_json(description["config"])
-        description["base"]["sketch"][0] + 0.0
-    except (KeyError, TypeError, IndexError, BadArgument) as error:
+        dict(description["base"]["shapes"])
+        if np.array(description["base"]["sketch"], dtype=np.float64).ndim != 1:
+            raise ValueError("sketch must be a list of numbers")
+    except (KeyError, TypeError, ValueError) as error:  # BadArgument is a ValueError
         raise BadCheckpoint(f"[streams] {folder / DESCRIPTION} is damaged: {error}.") from None
     return description
 

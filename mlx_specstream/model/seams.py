@@ -24,6 +24,7 @@ from mlx_lm.models import rope_utils
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from ..config import StreamConfig
+from ..errors import BadArgument
 from .cache import LayerContext, MaskRequest, NoStore
 from .projections import Projection, embedding_of, projections_of, weight_shape
 from .rows import Rows, causal_rows, with_streams
@@ -242,8 +243,11 @@ class _ModelSeam:
     def __call__(self, inputs, *args, streams: bool = False, **kwargs):
         if not streams:
             return super().__call__(inputs, *args, **kwargs)
-        if args or kwargs:
-            raise ValueError("[model] streams=True takes tokens [B, L] alone: no cache, no embeddings.")
+        if args or kwargs or self._seams.streams is None:
+            raise BadArgument(
+                "[model] streams=True needs a model with streams and takes tokens [B, L] alone: "
+                "no cache, no embeddings."
+            )
         return self._seams.logits(inputs)
 
 
@@ -301,10 +305,12 @@ class _RouterSeam:
             return super().__call__(x, indices)
 
         def expert_rows(sorted_rows: bool) -> mx.array:
-            B, R, k = indices.shape
-            is_stream = mx.broadcast_to(mx.arange(R) >= run.rows.main, (B, R))
-            if not sorted_rows:  # x is [B, R, 1 or k, 1, d]
-                return is_stream[:, :, None, None, None]
+            *lead, k = indices.shape  # lead is [B, R], which some models flatten
+            R = run.rows.count
+            is_stream = mx.arange(R) >= run.rows.main
+            is_stream = mx.broadcast_to(is_stream, (indices.size // (k * R), R))
+            if not sorted_rows:  # x is [*lead, 1 or k, 1, d]
+                return is_stream.reshape(*lead, 1, 1, 1)
             # mlx-lm sorts the (row, expert) pairs by expert; the same sort tells where rows went.
             order = mx.argsort(indices.flatten())
             return is_stream.reshape(-1)[order // k][:, None, None]  # x is [B * R * k, 1, d]

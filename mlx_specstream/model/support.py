@@ -16,7 +16,8 @@ from .seams import Pass, Seams
 # Each has a parity test (tests/test_architectures.py): tree and streams against plain decoding.
 TESTED = frozenset(
     "llama mistral qwen2 qwen3 qwen3_moe mixtral phi phi3 gemma2 gemma3_text gpt_oss smollm3 olmo2 "
-    "cohere olmo3 stablelm starcoder2 granite glm4 exaone4 internlm2 seed_oss".split()
+    "cohere cohere2 olmo3 olmoe qwen2_moe stablelm starcoder2 granite glm4 exaone4 internlm2 "
+    "seed_oss".split()
 )
 # Why some cannot (yet); everything else is probed when it is loaded.
 REFUSED = {
@@ -55,7 +56,11 @@ def _structural(model: nn.Module) -> str | None:
 
 
 def _probe(model: nn.Module) -> str | None:
-    """Two branches of a tiny tree against plain decoding of each: the architecture's own word."""
+    """The architecture's own word, on a tiny tree.
+
+    Its two branches must equal plain decoding of each, and the last layer must give the same when
+    it runs alone on the hidden states that entered it, as it does for streams.
+    """
     prompt, branches = [1, 2, 3], (4, 5)
     try:
         seams = Seams(model)
@@ -64,16 +69,25 @@ def _probe(model: nn.Module) -> str | None:
             model(mx.array([prompt]), cache=stores)
             depth = np.array([0, 1, 1])
             sees = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)
+            seams.cut = seams.num_layers - 1
             run = Pass(tree_rows(len(prompt), depth, sees))
             tree = seams.forward(run, mx.array([[6, *branches]]), stores)[0]
-            mx.eval(tree)
+            for context in run.contexts:
+                context.drop()
+            alone = Pass(run.rows, first=seams.cut, enters=run.cut_hidden)
+            again = seams.forward(alone, stores=stores)[0]
+            mx.eval(tree, again)
         finally:
             seams.detach()
         for node, token in enumerate(branches, 1):
             plain = model(mx.array([[*prompt, 6, token]]))[0, -1]
-            worst = (mx.abs(plain - tree[node]).max() / mx.abs(plain).max()).item()
-            if not worst < TOLERANCE:
-                return f"its forward does not follow a position per token (difference {worst:.1e})"
+            for got, rule in (
+                (tree, "its forward does not follow a position per token"),
+                (again, "its upper layers need more than the hidden states below them"),
+            ):
+                worst = (mx.abs(plain - got[node]).max() / mx.abs(plain).max()).item()
+                if not worst < TOLERANCE:
+                    return f"{rule} (difference {worst:.1e})"
     except Exception as error:  # whatever an unknown forward does with objects it does not expect
         return f"its forward does not fit the seams ({type(error).__name__}: {str(error)[:120]})"
     return None

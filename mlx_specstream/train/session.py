@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..config import StreamConfig
@@ -127,7 +128,7 @@ def _scale_embeddings(seams: Seams, examples: list[Example]) -> None:
     """Make the initial P_j small against the hidden states they are added to."""
     if seams.streams.config.value_rotation:
         return
-    batch = make_batch(examples, [e.hosts()[:1] for e in examples], 1)
+    batch = make_batch(examples, [np.array(e.hosts()[:1]) for e in examples], 1)
     hidden, _ = base_pass(seams, mx.array(batch.tokens))
     rms = mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
     seams.streams.embeddings = EMBEDDING_SHARE * rms * seams.streams.embeddings

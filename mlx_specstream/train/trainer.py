@@ -48,10 +48,10 @@ class TrainConfig:
 
     iters: int = 3000
     minutes: float | None = None
-    batch_size: int = 8
-    hosts: int = 8
-    learning_rate: float = 5e-3
-    embedding_rate: float = 2.0
+    batch_size: int = 4
+    hosts: int = 16
+    learning_rate: float = 1e-3
+    embedding_rate: float = 20.0
     stream_decay: float = 0.8
     seed: int = 0
     eval_every: int = 200

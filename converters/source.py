@@ -1,0 +1,143 @@
+"""The Hugging Face folder to convert: where it is, what it may not ask for, what is copied."""
+
+import shutil
+from pathlib import Path
+
+from mlx_specstream.errors import BadCheckpoint, UnsupportedModel
+
+from .weights import read_json
+
+CONFIG_FILES = ("config.json", "generation_config.json", "hf_quant_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",  # Mistral's SentencePiece files
+    "tekken.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tiktoken.model",
+)
+OTHER_FILES = (
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)  # a licence travels with its weights
+CODE_FILES = ("*.py",)  # copied on request only
+WEIGHT_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def find_source(hf_path: str, revision: str | None = None, code: bool = False) -> Path:
+    """A local folder as it is, or a Hub id after its download.
+
+    Raises: BadCheckpoint when there is no such folder or the download fails.
+    """
+    folder = Path(hf_path).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = folder.is_absolute() or str(hf_path).startswith((".", "~"))
+    if folder.exists() or looks_local or str(hf_path).count("/") != 1:
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise BadCheckpoint(
+            f"{hf_path}: {what}; give a folder with config.json and weights, or a Hub id "
+            "'owner/name'"
+        )
+    return download(str(hf_path), revision, code)
+
+
+def download(repo: str, revision: str | None, code: bool) -> Path:
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    wanted = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ())]
+    try:
+        # Many repositories hold the weights twice: only take `.bin` where nothing better is.
+        names = list_repo_files(repo, revision=revision)
+        safe = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
+        wanted += WEIGHT_FILES[:2] if safe else WEIGHT_FILES[2:]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except Exception as online:
+        try:  # offline, or the Hub is down: an earlier download will do
+            local = snapshot_download(repo, revision=revision, local_files_only=True)
+            return Path(local)
+        except Exception:
+            reason = (str(online).strip().splitlines() or [type(online).__name__])[0][:200]
+            raise BadCheckpoint(
+                f"{repo}: neither a local folder nor downloadable ({reason})"
+            ) from None
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder. Raises: BadCheckpoint when it is missing or damaged."""
+    from mlx_lm.utils import load_config
+
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(f"{folder}: not a model folder, config.json is missing")
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)  # mlx-lm trusts these to be objects
+    return load_config(folder)
+
+
+def check_remote_code(config: dict, trusted: bool) -> list[str]:
+    """Refuse a model that Python files of its own define; they are never run.
+
+    Returns: a note where the files are only an older copy of code that the libraries hold.
+    Raises: UnsupportedModel naming the file, unless `trusted`.
+    """
+    model_file = config.get("model_file")
+    if model_file is not None:
+        if not isinstance(model_file, str) or Path(model_file).name != model_file:
+            raise BadCheckpoint(
+                f"config.json: 'model_file' must be a file name of the folder, not {model_file!r}"
+            )
+        if not trusted:
+            raise UnsupportedModel(
+                f"config.json wants to run the Python file {model_file!r}; it was not run. Pass "
+                "--trust-remote-code if you trust the model's author"
+            )
+    auto_map = config.pop("auto_map", None)  # gone, so that nobody asks about it later
+    if not auto_map:
+        return []
+    entry = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else str(auto_map)
+    if entry and not trusted and not is_stock(str(entry), config.get("model_type")):
+        raise UnsupportedModel(
+            f"config.json defines the model by Python code of its own ({entry}); it was not run. "
+            f"Pass --trust-remote-code to convert it as a plain {config.get('model_type')!r} "
+            "(the code is not run then either)"
+        )
+    return ["config.json names Python code ('auto_map'): it is not run, mlx-lm's class is used"]
+
+
+def is_stock(entry: str, model_type) -> bool:
+    """Whether remote code is a copy of transformers' own class, or what mlx-lm's was written for.
+
+    `entry` looks like `modeling_phi3.Phi3ForCausalLM`. A model type that transformers lacks and
+    mlx-lm has was written from the remote code.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return entry.rpartition(".")[2] == NAMES.get(model_type, entry.rpartition(".")[2])
+
+
+def copy_files(folder: Path, target: Path, code: bool) -> None:
+    """Copy the tokenizer, generation settings and licence byte for byte, and nothing else."""
+    for pattern in (*TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ())):
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                copy = target / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)  # contents only: the source may be read-only

@@ -1,0 +1,76 @@
+"""Real checkpoints: the same text as mlx-lm, and passes as the simulator says.
+
+A small sample; the studies over hundreds of prompts are in benchmarks/.
+"""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+from mlx_specstream import load, stream_generate
+from mlx_specstream.converters import convert
+from mlx_specstream.decode.tree import TreeShape
+from mlx_specstream.measure.simulate import guesses_along, replay
+from mlx_specstream.model.seams import seams_of
+
+ROOT = Path(__file__).resolve().parents[1]
+STREAMS = ROOT / "examples/streams/e2e-sql-14m"
+FORMS = {"e2e": "MR: {}\nText:", "sqlctx": "{}"}
+PROMPTS, MAX_TOKENS = 4, 96
+
+
+@pytest.fixture(scope="module")
+def converted(shared, tmp_path_factory) -> Path:
+    return convert(shared / "models/e2e-sql-14m", tmp_path_factory.mktemp("real") / "e2e")
+
+
+def prompts(shared: Path, task: str) -> list[str]:
+    with gzip.open(shared / "data" / task / "valid.jsonl.gz", "rt", encoding="utf-8") as lines:
+        distinct = sorted({json.loads(line)["prompt"] for line in lines})
+    return ["<s>" + FORMS[task].format(p) for p in random.Random(11).sample(distinct, PROMPTS)]
+
+
+@pytest.mark.parametrize("task", list(FORMS))
+def test_same_tokens_as_mlx_lm_and_as_many_passes_as_simulated(shared, converted, task):
+    stock, tokenizer = mlx_lm.load(str(converted))
+    model, _ = load(converted, streams=STREAMS)
+    stop = tokenizer.eos_token_ids
+    generated = passes = 0
+    for prompt in prompts(shared, task):
+        expected = [
+            r.token for r in mlx_lm.stream_generate(stock, tokenizer, prompt, max_tokens=MAX_TOKENS)
+        ]
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        guesses = guesses_along(seams_of(model), ids, expected, 31)
+        for tree in ("best:32", "cartesian:3"):
+            said = replay(guesses, expected, TreeShape.parse(tree), MAX_TOKENS, stop)
+            for placement in ("deferred", "inline"):
+                out = list(
+                    stream_generate(
+                        model,
+                        tokenizer,
+                        prompt,
+                        max_tokens=MAX_TOKENS,
+                        tree=tree,
+                        placement=placement,
+                    )
+                )
+                assert [r.token for r in out] == expected
+                assert out[-1].passes == said.passes
+        generated += len(expected) - 1
+        passes += replay(guesses, expected, TreeShape("best", 32), MAX_TOKENS, stop).passes
+    assert generated / passes > 2.0
+
+
+def test_sentencepiece_and_pytorch_bin(shared, tmp_path):
+    out = convert(shared / "models/babyllama-0.9m", tmp_path / "baby")
+    stock, tokenizer = mlx_lm.load(str(out))
+    text = mlx_lm.generate(stock, tokenizer, [tokenizer.bos_token_id], max_tokens=53)
+    assert text == "Once upon a time, there was a little girl named Lily."
+    model, tokenizer = load(out)
+    ours = list(stream_generate(model, tokenizer, [tokenizer.bos_token_id], max_tokens=53))
+    assert "".join(r.text for r in ours) == text
