@@ -5,6 +5,7 @@ import platform
 from importlib.metadata import version
 
 import mlx.core as mx
+
 from mlx_specstream import blas
 
 

@@ -13,18 +13,23 @@ import random
 import time
 from pathlib import Path
 
-import mlx_specstream  # noqa: F401  finds a fast BLAS before mlx loads
 from mlx_lm import load
 from mlx_lm.generate import batch_generate
 from tasks import FORMS, distinct_prompts
+
 
 def complete(model, tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[str, str]]:
     """(prompt, completion) pairs; answers that do not end within ``max_tokens`` are dropped."""
     bos = tokenizer.bos_token_id
     tokens = [[bos, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
     out = batch_generate(
-        model, tokenizer, tokens, max_tokens=max_tokens, return_token_ids=True,
-        completion_batch_size=64, prefill_batch_size=16,
+        model,
+        tokenizer,
+        tokens,
+        max_tokens=max_tokens,
+        return_token_ids=True,
+        completion_batch_size=64,
+        prefill_batch_size=16,
     )
     return [
         (prompt, tokenizer.decode(ids).strip(" "))

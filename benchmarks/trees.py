@@ -6,12 +6,14 @@
 ``--check`` decodes for real with these trees too and compares the passes prompt by prompt.
 """
 
+import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
 import argparse
 import json
 
-import mlx_specstream
 import numpy as np
 from machine import about_machine
+from tasks import FORMS, valid_sample
+
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.measure.simulate import (
     acceptance_by_depth,
@@ -20,12 +22,9 @@ from mlx_specstream.measure.simulate import (
     tokens_per_pass,
 )
 from mlx_specstream.model.seams import seams_of
-from tasks import FORMS, valid_sample
 
-TREES = (
-    "chain cartesian:2 cartesian:3 cartesian:4 best:3 best:4 best:5 best:6 best:8 best:12 best:16 "
-    "best:24 best:32 best:48 best:64"
-).split()
+SIZES = (3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+TREES = ["chain", "cartesian:2", "cartesian:3", "cartesian:4", *(f"best:{n}" for n in SIZES)]
 
 
 def accuracy(all_guesses, answers, streams: int, ranks=(1, 2, 4, 8)) -> dict:

@@ -57,15 +57,23 @@ class StreamConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise BadArgument(f"[StreamConfig] '{name}' must be an int >= {least}, got {value!r}.")
+                raise BadArgument(
+                    f"[StreamConfig] '{name}' must be an int >= {least}, got {value!r}."
+                )
         if not isinstance(self.main_sees_streams, bool):
             raise BadArgument(
                 f"[StreamConfig] 'main_sees_streams' must be true or false, got {self.main_sees_streams!r}."
             )
         for name in ("lora_alpha", "value_rotation"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise BadArgument(f"[StreamConfig] '{name}' must be a finite number, got {value!r}.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
+                raise BadArgument(
+                    f"[StreamConfig] '{name}' must be a finite number, got {value!r}."
+                )
         if self.stream_position not in ("t+j", "t"):
             raise BadArgument(
                 f"[StreamConfig] 'stream_position' must be 't+j' or 't', got {self.stream_position!r}."

@@ -155,7 +155,9 @@ def stream_generate(
     seams = seams_of(model)
     with_streams = use_streams and seams is not None and seams.streams is not None
     if with_streams:
-        given = [name for name, value in kwargs.items() if value is not None]
+        # mlx-lm's callers always pass these; they mean nothing without what they belong to.
+        idle = {"kv_group_size", "quantized_kv_start", "num_draft_tokens"}
+        given = [name for name, value in kwargs.items() if value is not None and name not in idle]
         if draft_model is not None:
             given.insert(0, "draft_model")
         if given:
@@ -236,9 +238,7 @@ def _plain(model, tokens, draft_model, stream, **kwargs) -> Iterator[Emitted]:
     """Tokens of mlx-lm's own loops."""
     if draft_model is None:
         kwargs.pop("num_draft_tokens", None)
-        for n, (token, logprobs) in enumerate(
-            generate_step(tokens, model, stream, **kwargs)
-        ):
+        for n, (token, logprobs) in enumerate(generate_step(tokens, model, stream, **kwargs)):
             yield Emitted(token, logprobs, False, n)
         return
     if kwargs.pop("input_embeddings", None) is not None:
@@ -295,8 +295,12 @@ def _streamed(
                 stop=stop,
             )
             sure = stores[0].offset
+            if passes == 0:
+                progress(len(known), len(known))
             known += result.tokens
-            for at, (token, logprobs) in enumerate(zip(result.tokens, result.logprobs, strict=True)):
+            for at, (token, logprobs) in enumerate(
+                zip(result.tokens, result.logprobs, strict=True)
+            ):
                 emitted += 1
                 drafted = at < len(result.tokens) - 1
                 yield Emitted(token, logprobs, drafted, passes)
@@ -306,15 +310,21 @@ def _streamed(
             passes += 1
     finally:
         if prompt_cache is not None:
-            _settle(seams, stores, known[: tokens.size + emitted], begin, sure)
+            fed = known[: tokens.size + emitted]
+            _settle(seams, stores, fed, begin, sure, complete=sure - begin >= tokens.size - 1)
 
 
-def _settle(seams: Seams, stores: list, fed: list[int], begin: int, sure: int) -> None:
-    """Leave a caller's cache with exactly the tokens in ``fed`` behind ``begin``, as mlx-lm does."""
+def _settle(
+    seams: Seams, stores: list, fed: list[int], begin: int, sure: int, complete: bool
+) -> None:
+    """Leave a caller's cache with exactly the tokens in ``fed`` behind ``begin``, as mlx-lm does.
+
+    Not ``complete`` (interrupted in the prompt): only what is sure stays.
+    """
     have = min(sure, begin + len(fed))
     for store in stores:
         store.trim(store.offset - have)
-    if have < begin + len(fed):
+    if complete and have < begin + len(fed):
         seams.model(mx.array([fed[have - begin :]]), cache=stores)
         mx.eval([store.state for store in stores])
 

@@ -87,7 +87,14 @@ def load_base(
         model, config = load_model(
             folder, lazy, model_config=model_config, trust_remote_code=trust_remote_code
         )
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+    except (
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        FileNotFoundError,
+    ) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         if "not supported" in line or "custom module" in line:
             raise UnsupportedModel(f"[load] {folder}: {line}") from None
@@ -107,7 +114,9 @@ def load_base(
         )
     except Exception as error:  # tokenizers raise bare Exceptions on damaged files
         line = " ".join(str(error).split())
-        raise BadCheckpoint(f"[load] the tokenizer of {folder} cannot be loaded: {line[:400]}") from None
+        raise BadCheckpoint(
+            f"[load] the tokenizer of {folder} cannot be loaded: {line[:400]}"
+        ) from None
     return model, tokenizer, config
 
 
@@ -120,7 +129,9 @@ def model_folder(path_or_hf_repo: str | Path, revision: str | None = None) -> Pa
     if path.exists():
         raise BadCheckpoint(f"[load] a model is a folder, but {path} is a file.")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise BadCheckpoint(f"[load] {path} does not exist; give a model folder or a hub id (owner/name).")
+        raise BadCheckpoint(
+            f"[load] {path} does not exist; give a model folder or a hub id (owner/name)."
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -3,8 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from reference import assert_close
 from tiny_models import (
     CONFIGS,
@@ -25,6 +26,7 @@ from mlx_specstream.decode.plan import make_plan
 from mlx_specstream.decode.step import step
 from mlx_specstream.errors import UnsupportedModel
 from mlx_specstream.model.cache import make_prompt_cache
+from mlx_specstream.model.checkpoint import compare, fingerprint
 from mlx_specstream.model.rows import tree_rows
 from mlx_specstream.model.seams import Pass, Seams, attach, detach, seams_of, stream_shapes
 from mlx_specstream.model.support import TESTED, check_supported
@@ -225,6 +227,29 @@ def test_quantized_bases(name):
     seams = attached(name)
     quantized(seams.detach())
     seams = attach(seams.model, seams.streams)
+    inline, a, _ = run_steps(seams, "inline", 2)
+    deferred, b, _ = run_steps(seams, "deferred", 2)
+    assert inline == deferred
+    for x, y in zip(a, b, strict=True):
+        assert_close(x, y, 1e-4, "stream log-probabilities")
+
+
+@pytest.mark.parametrize(("name", "dora"), [("llama", False), ("llama", True), ("mixtral", False)])
+def test_bases_with_adapters_of_mlx_lm(name, dora):
+    """An unfused fine-tune wraps the linears that our seams and the fingerprint look for."""
+    seams = attached(name)
+    model, streams = seams.detach(), seams.streams
+    bare = fingerprint(model)
+    keys = ["self_attn.q_proj", "self_attn.v_proj", "block_sparse_moe.switch_mlp.up_proj"]
+    settings = {"rank": 3, "dropout": 0.0, "scale": 2.0, "keys": keys}
+    linear_to_lora_layers(model, 2, settings, use_dora=dora)
+    for path, p in tree_flatten(model.trainable_parameters()):
+        if path.endswith("lora_b"):
+            model.update(tree_unflatten([(path, 0.1 * mx.random.normal(p.shape))]))
+    assert any(path.endswith("lora_b") for path, _ in tree_flatten(model.parameters()))
+    assert compare(bare, fingerprint(model))[0] == "same"
+    check_tree(model, attach(model))
+    seams = attach(model, streams)
     inline, a, _ = run_steps(seams, "inline", 2)
     deferred, b, _ = run_steps(seams, "deferred", 2)
     assert inline == deferred

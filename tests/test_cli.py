@@ -53,7 +53,9 @@ def test_help_is_instant_and_complete():
     start = time.perf_counter()
     for argv in ([], *([name] for name in COMMANDS)):
         done = subprocess.run(
-            [sys.executable, "-m", "mlx_specstream", *argv, "--help"], capture_output=True, text=True
+            [sys.executable, "-m", "mlx_specstream", *argv, "--help"],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0
         assert "usage: mlx-specstream" in done.stdout
@@ -141,7 +143,9 @@ def test_chat_keeps_the_conversation_in_step_with_its_cache(capsys, monkeypatch)
     chat = Conversation(model, tokenizer, None, keywords)
     for text in ("MR: name[Zizzi]\nText:", "MR: area[riverside]\nText:", "again"):
         messages = [*chat.messages, {"role": "user", "content": text}]
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         fresh = generate(model, tokenizer, tokens, **keywords)
         assert "".join(r.text for r in chat.answer(text)) == fresh
     stopped = chat.answer("MR: name[Aromi]\nText:")

@@ -41,7 +41,9 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         headers, body, status = {}, b"{}", 404
         if path.startswith("/api/models/someone/model/tree/"):
-            rows = [{"type": "file", "path": n, "size": len(b), "oid": "0"} for n, b in files().items()]
+            rows = [
+                {"type": "file", "path": n, "size": len(b), "oid": "0"} for n, b in files().items()
+            ]
             body, status = json.dumps(rows).encode(), 200
         elif path.startswith("/api/models/someone/model"):
             siblings = [{"rfilename": name} for name in files()]

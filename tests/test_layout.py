@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mlx_specstream"
 LONGEST = 450  # lines of a file
 
-# A part may import the parts to its right and itself (docs of the layout: README, CONTRIBUTING).
+# A part may import itself and the parts that stand below it.
 ORDER = [
     {"__main__"},
     {"cli", "serve"},

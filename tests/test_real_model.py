@@ -69,8 +69,8 @@ def test_same_tokens_as_mlx_lm_and_as_many_passes_as_simulated(shared, converted
 def test_sentencepiece_and_pytorch_bin(shared, tmp_path):
     out = convert(shared / "models/babyllama-0.9m", tmp_path / "baby")
     stock, tokenizer = mlx_lm.load(str(out))
-    text = mlx_lm.generate(stock, tokenizer, [tokenizer.bos_token_id], max_tokens=53)
+    text = mlx_lm.generate(stock, tokenizer, [tokenizer.bos_token_id], max_tokens=54)
     assert text == "Once upon a time, there was a little girl named Lily."
     model, tokenizer = load(out)
-    ours = list(stream_generate(model, tokenizer, [tokenizer.bos_token_id], max_tokens=53))
+    ours = list(stream_generate(model, tokenizer, [tokenizer.bos_token_id], max_tokens=54))
     assert "".join(r.text for r in ours) == text

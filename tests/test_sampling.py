@@ -12,7 +12,7 @@ from tiny_models import attached, make_model, make_streams, make_tokenizer
 
 from mlx_specstream import stream_generate
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.decode.choose import Sampled, SeededSampler
+from mlx_specstream.decode.choose import Greedy, Sampled, SeededSampler
 from mlx_specstream.decode.plan import make_plan
 from mlx_specstream.decode.step import step
 from mlx_specstream.model.cache import make_prompt_cache
@@ -229,6 +229,18 @@ def test_greedy_draws_nothing(seams, tokenizer):
     greedy = text(seams, tokenizer)
     assert text(seams, tokenizer, sampler=make_sampler(temp=0.0)) == greedy
     assert state() == before
+
+
+def test_greedy_breaks_ties_of_rounding_as_mlx_lm_does():
+    """In bf16 two different logits can have one log-probability; then the lower token wins."""
+    logits = mx.full((1, 4000), 2.0, dtype=mx.bfloat16)
+    logits[0, 7], logits[0, 3000] = 3.0, 3.015625
+    chooser = Greedy()
+    chooser.begin(logits, tree=None)
+    logprobs = logits - mx.logsumexp(logits, keepdims=True)
+    assert logprobs[0, 7].item() == logprobs[0, 3000].item()
+    assert chooser.token(0) == mx.argmax(logprobs, axis=-1).item() == 7
+    assert_close(chooser.logprobs(0), logprobs[0], 1e-6)
 
 
 def test_a_seeded_draw_depends_on_seed_and_place_alone():

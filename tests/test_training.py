@@ -14,7 +14,8 @@ from tiny_models import attached, make_model, make_tokenizer, quantized
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import BadArgument, BadCheckpoint, BadData, UnsupportedModel
 from mlx_specstream.model.checkpoint import load_streams
-from mlx_specstream.model.seams import attach, seams_of
+from mlx_specstream.model.rows import causal_rows
+from mlx_specstream.model.seams import Pass, attach, seams_of
 from mlx_specstream.train.data import Batch, Example, batches, make_batch, read_examples
 from mlx_specstream.train.loss import evaluate, stream_losses
 from mlx_specstream.train.session import train_streams
@@ -27,7 +28,16 @@ EXAMPLES = [
     Example([44, 1, 2, 3, 4, 5, 6, 0], 4),
     Example([10, 20, 30, 40, 50, 60, 0], 1),
 ]
-SMALL = TrainConfig(iters=8, batch_size=2, hosts=3, eval_every=4, save_every=4, seed=3)
+SMALL = TrainConfig(
+    iters=8,
+    batch_size=2,
+    hosts=3,
+    eval_every=4,
+    save_every=4,
+    seed=3,
+    learning_rate=5e-3,
+    embedding_rate=2.0,
+)
 STREAMS = StreamConfig(num_streams=2, msa_layers=2, lora_rank=4, lora_alpha=4.0)
 
 
@@ -177,13 +187,43 @@ def a_batch(num_streams=3) -> Batch:
 @pytest.mark.parametrize("options", [{}, {"stream_position": "t", "init_rank": 2}], ids=str)
 def test_loss_equals_a_direct_computation(name, options):
     seams = attached(name, **options)
-    assert_close(stream_losses(seams, a_batch()), direct_losses(seams, a_batch()), 1e-5, name)
+    assert_close(stream_losses(seams, a_batch())[0], direct_losses(seams, a_batch()), 1e-5, name)
+
+
+def test_loss_of_a_single_sequence():
+    """gemma2's own attention takes one mask for all sequences, so it trains on one at a time."""
+    seams, batch = attached("gemma2"), make_batch(EXAMPLES[:1], [np.array([2, 3, 5])], 3)
+    assert_close(stream_losses(seams, batch)[0], direct_losses(seams, batch), 1e-5)
 
 
 def test_loss_in_chunks_of_the_head(monkeypatch):
     monkeypatch.setattr("mlx_specstream.train.loss.HEAD_ELEMENTS", 5 * 67 * 2)
     seams = attached()
-    assert_close(stream_losses(seams, a_batch()), direct_losses(seams, a_batch()), 1e-5)
+    assert_close(stream_losses(seams, a_batch())[0], direct_losses(seams, a_batch()), 1e-5)
+
+
+def test_the_early_exit_learns_the_next_token():
+    seams, batch = attached(prune_rank=2), a_batch()
+    _, found = stream_losses(seams, batch)
+    run = Pass(causal_rows(0, batch.tokens.shape[1]))
+    seams.forward(run, mx.array(batch.tokens))
+    logits = np.array(seams.head(seams.streams.exit_hidden(run.cut_hidden)), np.float64)
+    losses = []
+    for b, example in enumerate(EXAMPLES):
+        for host in list(example.hosts())[:4]:
+            row = logits[b, host]
+            losses.append(np.log(np.exp(row).sum()) - row[example.tokens[host + 1]])
+    assert_close(found, np.mean(losses), 1e-5)
+    loss = lambda batch: stream_losses(seams, batch)[1]  # noqa: E731
+    _, gradient = nn.value_and_grad(seams.streams, loss)(batch)
+    assert np.array(gradient["early_exit"]["b"]).any()
+
+
+def test_a_base_that_takes_one_mask_per_batch_trains_on_one_sequence(tmp_path):
+    with pytest.raises(BadArgument, match="'batch_size' must be 1 for gemma2"):
+        train_streams(
+            make_model("gemma2"), None, tmp_path, tmp_path / "out", StreamConfig(), TrainConfig()
+        )
 
 
 def test_evaluation_counts_what_it_says():
@@ -209,7 +249,7 @@ def test_gradients_are_those_of_the_streams_only(base):
     before = {n: np.array(p.astype(mx.float32)) for n, p in tree_flatten(seams.model.parameters())}
     trainer = Trainer(seams, SMALL, folder=None)
     streams_before = {n: np.array(p) for n, p in tree_flatten(seams.streams.parameters())}
-    loss = lambda batch: stream_losses(seams, batch).sum()  # noqa: E731
+    loss = lambda batch: stream_losses(seams, batch)[0].sum()  # noqa: E731
     _, gradient = nn.value_and_grad(seams.streams, loss)(a_batch())
     for name, value in tree_flatten(gradient):
         assert np.array(value).any(), f"no gradient reaches {name}"

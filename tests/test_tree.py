@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from reference import assert_close
 
+from mlx_specstream.config import StreamConfig
 from mlx_specstream.decode.draft import Guesses, draft, guesses_from
+from mlx_specstream.decode.plan import make_plan
 from mlx_specstream.decode.prune import PruneRule, edge_logprobs, nodes_to_keep
 from mlx_specstream.decode.tree import Tree, TreeShape, best_first_tree, cartesian_tree, root_only
 from mlx_specstream.decode.verify import accept
@@ -107,6 +109,15 @@ def test_duplicate_tokens_of_two_branches_are_two_nodes():
     tree = cartesian_tree(0, np.array([[1, 2], [1, 2]]))
     assert tree.child(1, 2) != tree.child(2, 2)
     assert tree.child(0, 2) == 2
+
+
+def test_trees_that_would_not_fit_in_memory_are_refused():
+    config = StreamConfig(num_streams=4)
+    assert make_plan(config, "cartesian:7").tree.nodes(4) == 2801
+    with pytest.raises(BadArgument, match=r"'cartesian:8' has 4681 nodes with 4 streams"):
+        make_plan(config, "cartesian:8")
+    assert make_plan(config, "best:4096").tree.nodes(4) == 4096
+    assert make_plan(config, "chain").tree.nodes(4) == 5
 
 
 @pytest.mark.parametrize("text", ["chain", "cartesian:3", "best:16"])

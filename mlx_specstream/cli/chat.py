@@ -61,7 +61,9 @@ class Conversation:
 
     def __init__(self, model, tokenizer, system_prompt: str | None, keywords: dict):
         self.model, self.tokenizer, self.keywords = model, tokenizer, keywords
-        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.system = (
+            [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        )
         self.reset()
 
     def reset(self) -> None:

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float16", "bfloat16", "float32"),
         help="of the weights that are not quantised (default: as in the checkpoint)",
     )
-    parser.add_argument("-d", "--dequantize", action="store_true", help="dequantise a quantised model")
+    parser.add_argument(
+        "-d", "--dequantize", action="store_true", help="dequantise a quantised model"
+    )
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the repository's own code run"

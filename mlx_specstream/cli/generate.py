@@ -17,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-chat-template", action="store_true", help="feed the prompt as it is"
     )
-    parser.add_argument(
-        "--extra-eos-token", nargs="+", help="more tokens that end the answer"
-    )
+    parser.add_argument("--extra-eos-token", nargs="+", help="more tokens that end the answer")
     options.add_streams(parser)
     options.add_sampling(parser, max_tokens=100)
-    mlx_lm = parser.add_argument_group("mlx-lm's own options (with --no-streams or without streams)")
+    mlx_lm = parser.add_argument_group(
+        "mlx-lm's own options (with --no-streams or without streams)"
+    )
     mlx_lm.add_argument("--draft-model", help="a draft model for mlx-lm's speculative decoding")
     mlx_lm.add_argument("--num-draft-tokens", type=int, help="tokens per draft of --draft-model")
     mlx_lm.add_argument("--max-kv-size", type=int, help="tokens in a rotating K/V cache")

@@ -17,25 +17,37 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_streams(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("streams")
-    group.add_argument("--streams", help="streams folder (default: the one inside the model folder)")
     group.add_argument(
-        "--force", action="store_true", help="use streams trained on another base (slower, same text)"
+        "--streams", help="streams folder (default: the one inside the model folder)"
+    )
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="use streams trained on another base (slower, same text)",
     )
     group.add_argument("--no-streams", action="store_true", help="decode plainly")
     group.add_argument("--tree", help="chain, cartesian:K or best:M (default: chosen for you)")
     group.add_argument(
-        "--placement", choices=("inline", "deferred"), help="where streams run (default: chosen for you)"
+        "--placement",
+        choices=("inline", "deferred"),
+        help="where streams run (default: chosen for you)",
     )
     group.add_argument("--prune-keep", type=int, help="keep this many nodes at the early exit")
     group.add_argument(
-        "--prune-threshold", type=float, help="drop sub-trees below this probability at the early exit"
+        "--prune-threshold",
+        type=float,
+        help="drop sub-trees below this probability at the early exit",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-tokens", "-m", type=int, default=max_tokens, help="-1: no limit (default: %(default)s)"
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=max_tokens,
+        help="-1: no limit (default: %(default)s)",
     )
     group.add_argument("--temp", type=float, default=0.0, help="temperature (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: %(default)s)")

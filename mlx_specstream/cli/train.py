@@ -22,24 +22,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "messages, or text",
     )
     parser.add_argument("--streams", type=Path, required=True, help="streams folder to write")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --streams")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --streams"
+    )
     run_ = parser.add_argument_group("run")
     run_.add_argument("--iters", type=int, help="steps (default: 3000)")
     run_.add_argument("--minutes", type=float, help="train for this long instead of --iters")
     run_.add_argument("--batch-size", type=int, help="sequences per step (default: 4)")
-    run_.add_argument("--hosts", type=int, help="positions per sequence that get streams (default: 16)")
+    run_.add_argument(
+        "--hosts", type=int, help="positions per sequence that get streams (default: 16)"
+    )
     run_.add_argument("--learning-rate", type=float, help="peak rate of the LoRA (default: 1e-3)")
-    run_.add_argument("--max-seq-length", type=int, default=2048, help="default: %(default)s tokens")
+    run_.add_argument(
+        "--max-seq-length", type=int, default=2048, help="default: %(default)s tokens"
+    )
     run_.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     run_.add_argument("--eval-every", type=int, help="steps between validations (default: 200)")
     run_.add_argument("--save-every", type=int, help="steps between checkpoints (default: 200)")
     shape = parser.add_argument_group("streams")
     shape.add_argument(
-        "--num-streams", type=int, default=StreamConfig.num_streams, help="gamma (default: %(default)s)"
+        "--num-streams",
+        type=int,
+        default=StreamConfig.num_streams,
+        help="gamma (default: %(default)s)",
     )
-    shape.add_argument("--msa-layers", type=int, help="Ns (default: a quarter of the layers, at most 4)")
     shape.add_argument(
-        "--lora-rank", type=int, default=StreamConfig.lora_rank, help="default: %(default)s; 0: none"
+        "--msa-layers", type=int, help="Ns (default: a quarter of the layers, at most 4)"
+    )
+    shape.add_argument(
+        "--lora-rank",
+        type=int,
+        default=StreamConfig.lora_rank,
+        help="default: %(default)s; 0: none",
     )
     shape.add_argument("--lora-alpha", type=float, help="default: the rank")
     shape.add_argument(
@@ -48,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--stream-position", choices=("t+j", "t"), default="t+j", help="rope position of stream j"
     )
-    shape.add_argument("--init-rank", type=int, default=0, help="rank of f in S = f(M) + P; 0: identity")
+    shape.add_argument(
+        "--init-rank", type=int, default=0, help="rank of f in S = f(M) + P; 0: identity"
+    )
+    shape.add_argument(
+        "--prune-rank", type=int, default=0, help="rank of an early-exit head for pruning; 0: none"
+    )
     shape.add_argument(
         "--value-rotation", type=float, default=0.0, help="epsilon; replaces the stream embeddings"
     )
@@ -59,7 +78,16 @@ def run(args: argparse.Namespace) -> None:
     from ..train.session import default_msa_layers, train_streams
     from ..train.trainer import TrainConfig
 
-    names = ("iters", "minutes", "batch_size", "hosts", "learning_rate", "seed", "eval_every", "save_every")
+    names = (
+        "iters",
+        "minutes",
+        "batch_size",
+        "hosts",
+        "learning_rate",
+        "seed",
+        "eval_every",
+        "save_every",
+    )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = TrainConfig(**given)
     shape = {
@@ -69,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         "lora_targets": tuple(args.lora_targets),
         "stream_position": args.stream_position,
         "init_rank": args.init_rank,
+        "prune_rank": args.prune_rank,
         "value_rotation": args.value_rotation,
     }
     StreamConfig(**shape, msa_layers=args.msa_layers if args.msa_layers is not None else 1)

@@ -1,7 +1,7 @@
 """Which token the main stream says at a node: its argmax, or a draw that depends on (seed, place).
 
-Samplers and logits processors are mlx-lm's own objects. They are called once per generated token, in
-order and with the full history of the path, just as in plain decoding.
+Samplers and logits processors are mlx-lm's own objects. They are called once per generated token,
+in order and with the full history of the path, just as in plain decoding.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ class Greedy:
     """The argmax of every node, read from the device at once."""
 
     def begin(self, logits: mx.array, tree: Tree) -> None:
-        self._logits = logits
-        self._tokens = np.array(mx.argmax(logits, axis=-1))
+        self._logits = scores = logits
+        if logits.dtype != mx.float32:
+            # mlx-lm takes the argmax of log-probabilities: in 16 bits rounding makes ties of some.
+            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self._tokens = np.array(mx.argmax(scores, axis=-1))
 
     def token(self, node: int) -> int:
         return int(self._tokens[node])

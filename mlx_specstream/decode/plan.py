@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..config import StreamConfig
 from ..errors import BadArgument
 from .prune import PruneRule
-from .tree import TreeShape
+from .tree import MAX_NODES, TreeShape
 
 PLACEMENTS = ("inline", "deferred")
 # Nodes of the default tree. On Apple GPUs up to about five rows of a pass are cheap in every public
@@ -61,4 +61,11 @@ def make_plan(
             "[prune] these streams have no early-exit head (prune_rank 0); train them with "
             "--prune-rank 8 or do not prune."
         )
-    return Plan(TreeShape.parse(tree), placement, prune)
+    shape = TreeShape.parse(tree)
+    nodes = shape.nodes(config.num_streams)
+    if nodes > MAX_NODES:
+        raise BadArgument(
+            f"[tree] '{tree}' has {nodes} nodes with {config.num_streams} streams, more than "
+            f"{MAX_NODES}; use a smaller one."
+        )
+    return Plan(shape, placement, prune)

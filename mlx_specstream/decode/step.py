@@ -16,6 +16,7 @@ from .plan import Plan
 from .prune import edge_logprobs, nodes_to_keep
 from .verify import Accepted, accept
 
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step decided.

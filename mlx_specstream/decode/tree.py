@@ -18,9 +18,9 @@ class TreeShape:
     """How a tree is drafted.
 
     Args:
-        kind: ``"chain"`` (the top token of each stream), ``"cartesian"`` (the top ``size`` tokens of
-            each stream below every node of the depth before, method 1.4) or ``"best"`` (the ``size``
-            most probable nodes, root included, by product of stream probabilities).
+        kind: ``"chain"`` (the top token of each stream), ``"cartesian"`` (the top ``size`` tokens
+            of each stream below every node of the depth before, method 1.4) or ``"best"`` (the
+            ``size`` most probable nodes, root included, by product of stream probabilities).
         size: K of a Cartesian tree, the number of nodes of a best-first tree; ignored for chains.
     """
 
@@ -30,8 +30,8 @@ class TreeShape:
     def __post_init__(self):
         if self.kind not in ("chain", "cartesian", "best") or not 1 <= self.size <= MAX_NODES:
             raise BadArgument(
-                f"[tree] a tree is 'chain', 'cartesian:K' or 'best:M' with 1 <= K, M <= {MAX_NODES}; "
-                f"got '{self}'."
+                f"[tree] a tree is 'chain', 'cartesian:K' or 'best:M' with 1 <= K, M <= "
+                f"{MAX_NODES}; got '{self}'."
             )
 
     def __str__(self) -> str:
@@ -43,11 +43,17 @@ class TreeShape:
         kind, colon, size = str(text).partition(":")
         if (kind == "chain") == bool(colon) or (colon and not size.isdigit()):
             raise BadArgument(
-                f"[tree] a tree is 'chain', 'cartesian:K' or 'best:M' with whole numbers K, M >= 1; "
-                f"got '{text}'."
+                f"[tree] a tree is 'chain', 'cartesian:K' or 'best:M' with whole numbers K, M >= 1;"
+                f" got '{text}'."
             )
         shape = cls(kind, int(size or 1))
         return shape
+
+    def nodes(self, depth: int) -> int:
+        """The most nodes that a tree of this shape and depth has, root included."""
+        if self.kind == "best":
+            return self.size
+        return sum(self.size**d for d in range(depth + 1))
 
     def candidates(self, vocabulary: int) -> int:
         """How many top tokens per stream a draft of this shape can use."""
@@ -80,9 +86,7 @@ class Tree:
 
     @cached_property
     def _children(self) -> dict[tuple[int, int], int]:
-        return {
-            (int(self.parents[i]), int(self.tokens[i])): i for i in range(1, self.size)
-        }
+        return {(int(self.parents[i]), int(self.tokens[i])): i for i in range(1, self.size)}
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that holds ``token``."""

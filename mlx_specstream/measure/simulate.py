@@ -67,9 +67,7 @@ def replay(
     """
     done, accepted, nodes = 1, [], []  # the first token comes from the prompt's own pass
     while done < min(len(answer), max_tokens) and answer[done - 1] not in stop:
-        tree = draft(
-            answer[done - 1], guesses[done - 1], shape, max_depth=max_tokens - done - 1
-        )
+        tree = draft(answer[done - 1], guesses[done - 1], shape, max_depth=max_tokens - done - 1)
         said = answer[done:]
         outcome = accept(
             tree,

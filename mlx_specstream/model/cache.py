@@ -1,8 +1,8 @@
 """What each stock layer gets as its ``cache`` during one of our passes, and where its K/V live.
 
-A decoding pass appends the rows of the whole tree to mlx-lm's own ``KVCache``; ``commit`` then keeps
-the accepted path and drops the rest. Because the storage is mlx-lm's, a prompt cache made here or
-there works in both.
+A decoding pass appends the rows of the whole tree to mlx-lm's own ``KVCache``; ``commit`` then
+keeps the accepted path and drops the rest. Because the storage is mlx-lm's, a prompt cache made
+here or there works in both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import BadArgument
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """Stands in for a mask while the stock loop runs; the layer gate makes the mask of its own rows.
+    """Stands in for a mask while the stock loop runs; the layer gate makes that of its own rows.
 
     The stock loop builds one mask per kind of layer before the first layer. Once rows are pruned or
     added its size is wrong, but which kind a layer asked for (its window) is just what we need.
@@ -27,7 +27,7 @@ class MaskRequest:
 
 
 class LayerContext:
-    """The ``cache`` object of one layer in one pass: positions, K/V of prefix and rows, mask kind."""
+    """The ``cache`` of one layer in one pass: positions, K/V of prefix and rows, mask kind."""
 
     def __init__(self, run, store):
         self.run = run
@@ -36,7 +36,7 @@ class LayerContext:
 
     @property
     def offset(self) -> mx.array:
-        """Rope position of every row, int32 [B or 1, R]; two axes tell our rope seam from a batch."""
+        """Rope position of every row, int32 [B or 1, R]; two axes tell the rope seam: no batch."""
         return self.run.rows.positions
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -101,6 +101,6 @@ def check_prompt_cache(cache: list, model) -> None:
     if len(cache) != len(model.layers) or any(type(c) is not KVCache for c in cache):
         raise BadArgument(
             f"[prompt_cache] streams need one KVCache per layer ({len(model.layers)}), got "
-            f"{len(cache)} of {', '.join(kinds)}; make it with mlx_specstream.make_prompt_cache(model) "
-            "or pass use_streams=False."
+            f"{len(cache)} of {', '.join(kinds)}; make it with "
+            "mlx_specstream.make_prompt_cache(model) or pass use_streams=False."
         )

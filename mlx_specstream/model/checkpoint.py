@@ -1,4 +1,4 @@
-"""The streams folder: ``streams.safetensors`` + ``streams.json``, tied to its base by a fingerprint.
+"""The streams folder: ``streams.safetensors`` + ``streams.json``, tied to a base by a fingerprint.
 
 The format is specified in ``docs/format.md``.
 """
@@ -117,8 +117,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise BadCheckpoint(
-                f"[streams] a streams folder holds {DESCRIPTION} and {WEIGHTS}, but {folder / name} "
-                "is missing; make one with mlx-specstream train."
+                f"[streams] a streams folder holds {DESCRIPTION} and {WEIGHTS}, but "
+                f"{folder / name} is missing; make one with mlx-specstream train."
             )
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise BadCheckpoint(
             f"[streams] {folder / DESCRIPTION} has format_version {version!r}, this version of "
-            f"mlx-specstream reads {FORMAT_VERSION}; update mlx-specstream or train the streams anew."
+            f"mlx-specstream reads {FORMAT_VERSION}; update mlx-specstream or train streams anew."
         )
     try:
         description["config"] = StreamConfig.from_json(description["config"])
@@ -199,7 +199,10 @@ def _samples(module: nn.Module) -> list[float]:
     if hasattr(module, "bits"):
         parts = [module.weight, module.scales, module.get("biases")]
         row = mx.dequantize(
-            *(None if p is None else p.reshape(-1, p.shape[-1])[middle : middle + 1] for p in parts),
+            *(
+                None if p is None else p.reshape(-1, p.shape[-1])[middle : middle + 1]
+                for p in parts
+            ),
             group_size=module.group_size,
             bits=module.bits,
             mode=getattr(module, "mode", "affine"),

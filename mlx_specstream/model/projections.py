@@ -82,8 +82,10 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
-    """The token embedding, weight [V, E]: the first in the model, quantised or inside mlx-lm's LoRA."""
+    """The token embedding [V, E]: the first in the model, quantised or inside mlx-lm's LoRA."""
     for _, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             return module
-    raise UnsupportedModel("[model] no token embedding found; only language models can have streams.")
+    raise UnsupportedModel(
+        "[model] no token embedding found; only language models can have streams."
+    )

@@ -1,8 +1,8 @@
 """Which rows a pass feeds, where they sit and what they see.
 
 A *row* is one position fed to the model: a node of a tree (or a token of a prompt), or a stream of
-one. Rows lie on the token axis as ``[main nodes | stream 1 of each node | ... | stream gamma of each
-node]``. Nothing here knows a model.
+one. Rows lie on the token axis as ``[main nodes | stream 1 of each node | ... | stream gamma of
+each node]``. Nothing here knows a model.
 
 Glossary: B batch, n main nodes, g streams (gamma), R = n + g * n rows, T cached (prefix) keys.
 """
@@ -112,7 +112,10 @@ def with_streams(rows: Rows, *, num_streams: int, at_host: bool, main_sees_strea
     for j in range(1, g + 1):
         row = [rows.sees, *[own] * j, *[none] * (g - j)]
         blocks.append(mx.concatenate(_same_batch(row), axis=-1))
-    shift = [mx.zeros_like(rows.positions) if at_host else mx.full(rows.positions.shape, j) for j in range(1, g + 1)]
+    shift = [
+        mx.zeros_like(rows.positions) if at_host else mx.full(rows.positions.shape, j)
+        for j in range(1, g + 1)
+    ]
     positions = [rows.positions] + [rows.positions + s.astype(mx.int32) for s in shift]
     seen = rows.prefix_sees
     return Rows(
@@ -135,7 +138,7 @@ def stream_rows(*, hosts: mx.array, num_streams: int, at_host: bool, prefix: int
     Returns:
         Rows [B, g * P], stream-major: stream 1 of each host, then stream 2 of each host, ...
     """
-    B, P = hosts.shape
+    P = hosts.shape[1]
     g = num_streams
     of = mx.repeat(mx.arange(1, g + 1), P)  # [g * P]
     host = mx.tile(mx.arange(P), g)

@@ -326,4 +326,3 @@ class _ExpertSeam:
         if run is None or run.rows.stream_of is None:
             return y
         return run.add_expert_lora(y, x, self._seam_projection, sorted_indices)
-

@@ -22,7 +22,7 @@ from ..config import StreamConfig
 
 
 class LowRank(nn.Module):
-    """x -> x A B, with B = 0 at first so that the start is 'no update'. x [..., d_in] -> [..., d_out]."""
+    """x A B, with B = 0 at first, so that it begins as no update. [..., d_in] -> [..., d_out]."""
 
     def __init__(self, d_in: int, d_out: int, rank: int):
         super().__init__()
@@ -83,7 +83,9 @@ class Streams(nn.Module):
             start = start + self.embeddings[None, :, None]
         return start.reshape(B, g * n, E).astype(hidden.dtype)
 
-    def lora_update(self, x: mx.array, layer: int, keys: list[str | None], sizes: list[int]) -> mx.array:
+    def lora_update(
+        self, x: mx.array, layer: int, keys: list[str | None], sizes: list[int]
+    ) -> mx.array:
         """The gated LoRA's addition to a projection, x [..., d_in] -> [..., sum(sizes)].
 
         ``keys`` has one entry per column block of the projection (one for plain projections,
@@ -114,5 +116,5 @@ class Streams(nn.Module):
         return mx.concatenate([values[:, :, :main], turned.astype(values.dtype)], axis=2)
 
     def exit_hidden(self, hidden: mx.array) -> mx.array:
-        """What the early exit feeds to the model's norm and head: M + M A B (rank theta). [B, n, E]."""
+        """What the early exit feeds to norm and head: M + M A B, rank theta. [B, n, E]."""
         return (hidden + self.early_exit(hidden)).astype(hidden.dtype)

@@ -14,17 +14,21 @@ from .rows import tree_rows
 from .seams import Pass, Seams
 
 # Each has a parity test (tests/test_architectures.py): tree and streams against plain decoding.
-TESTED = frozenset(
-    "llama mistral qwen2 qwen3 qwen3_moe mixtral phi phi3 gemma2 gemma3_text gpt_oss smollm3 olmo2 "
-    "cohere cohere2 olmo3 olmoe qwen2_moe stablelm starcoder2 granite glm4 exaone4 internlm2 "
-    "seed_oss".split()
-)
+_TESTED = """
+    llama mistral qwen2 qwen2_moe qwen3 qwen3_moe mixtral phi phi3 gemma2 gemma3_text gpt_oss
+    smollm3 olmo2 olmo3 olmoe cohere cohere2 stablelm starcoder2 granite glm4 exaone4 internlm2
+    seed_oss
+"""
+TESTED = frozenset(_TESTED.split())
 # Why some cannot (yet); everything else is probed when it is loaded.
 REFUSED = {
     "ministral3": "its attention scales queries by a position that it reads once per batch",
     "gpt2": "it has learned positions, read once per batch",
     "gemma4_text": "its layers share K/V and take per-layer inputs",
 }
+# Their own attention broadcasts one mask over the batch, so sequences of a batch cannot have different
+# stream hosts; they train with batch size 1.
+ONE_MASK = frozenset({"gemma2"})
 TOLERANCE = 2e-2  # of the largest logit: wide enough for 16-bit weights, wrong positions give more
 
 
@@ -45,7 +49,9 @@ def _structural(model: nn.Module) -> str | None:
     if not layers:
         return "it has no list of layers"
     caches = model.make_cache() if hasattr(model, "make_cache") else make_prompt_cache(model)
-    others = sorted({type(c).__name__ for c in caches if not isinstance(c, KVCache | RotatingKVCache)})
+    others = sorted(
+        {type(c).__name__ for c in caches if not isinstance(c, KVCache | RotatingKVCache)}
+    )
     if others:
         return f"it has recurrent or hybrid layers ({', '.join(others)}), whose state cannot branch"
     if len(caches) != len(layers):

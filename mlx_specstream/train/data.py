@@ -49,7 +49,9 @@ class Batch:
     targets: np.ndarray
 
 
-def read_examples(folder: Path, split: str, tokenizer, max_length: int) -> tuple[list[Example], int]:
+def read_examples(
+    folder: Path, split: str, tokenizer, max_length: int
+) -> tuple[list[Example], int]:
     """The examples of a split, and how many rows were cut to ``max_length`` or left out as too short.
 
     Raises:
@@ -59,7 +61,9 @@ def read_examples(folder: Path, split: str, tokenizer, max_length: int) -> tuple
         (p for p in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if p.is_file()), None
     )
     if path is None:
-        raise BadData(f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither.")
+        raise BadData(
+            f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither."
+        )
     examples, changed = [], 0
     for number, row in _rows(path):
         try:
@@ -77,7 +81,9 @@ def read_examples(folder: Path, split: str, tokenizer, max_length: int) -> tuple
         else:
             changed += 1
     if not examples:
-        raise BadData(f"[data] {path} has no row with at least two completion tokens to learn from.")
+        raise BadData(
+            f"[data] {path} has no row with at least two completion tokens to learn from."
+        )
     return examples, changed
 
 
@@ -125,7 +131,9 @@ def _example(row: dict, tokenizer) -> Example:
 def _chat(messages: list[dict], tools, tokenizer) -> Example:
     """The last assistant message is the completion; what a template adds after its end is cut."""
     if not tokenizer.has_chat_template:
-        raise ValueError("the tokenizer has no chat template, so rows must have prompt/completion or text")
+        raise ValueError(
+            "the tokenizer has no chat template, so rows must have prompt/completion or text"
+        )
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's")
     tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)

@@ -49,11 +49,15 @@ def stream_hidden(seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.ar
     return run.last_hidden
 
 
-def stream_losses(seams: Seams, batch: Batch) -> mx.array:
-    """Mean cross-entropy of each stream over its valid targets, float32 [g]."""
+def stream_losses(seams: Seams, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Mean cross-entropy of each stream over its valid targets, float32 [g], and of the early exit.
+
+    The early exit learns the next token (method 1.6); 0 if these streams have none.
+    """
     cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
     cut_hidden = mx.stop_gradient(cut_hidden)
-    hidden = stream_hidden(seams, cut_hidden, stores, mx.array(batch.hosts))
+    hosts = mx.array(batch.hosts)
+    hidden = stream_hidden(seams, cut_hidden, stores, hosts)
     B, g, P = batch.targets.shape
     targets = mx.array(batch.targets.reshape(B, g * P))
     # The head over a large vocabulary is the largest array of a step, so it goes in chunks whose
@@ -65,7 +69,14 @@ def stream_losses(seams: Seams, batch: Batch) -> mx.array:
     ]
     losses = mx.concatenate(parts, axis=1) * (targets >= 0)
     sums = losses.reshape(B, g, P).sum(axis=(0, 2))
-    return sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
+    losses = sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
+    if not seams.streams.config.prune_rank:
+        return losses, mx.array(0.0)
+    at_hosts = mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)
+    following = mx.take_along_axis(mx.array(batch.tokens), hosts + 1, axis=1)
+    used = targets[:, :P] >= 0  # padding of hosts has no target
+    exit_losses = _head_loss(seams, following)(seams.streams.exit_hidden(at_hosts)) * used
+    return losses, exit_losses.sum() / mx.maximum(used.sum(), 1)
 
 
 def _head_loss(seams: Seams, targets: mx.array):
@@ -96,7 +107,12 @@ def evaluate(seams: Seams, batches: list[Batch], top_k: int) -> dict[str, list[f
         rank = (logits > own).sum(axis=-1)
         nll = mx.logsumexp(logits, axis=-1) - own[..., 0]
         valid = (targets >= 0).reshape(B, g, P)
-        for sums, value in ((loss, nll), (top1, rank < 1), (topk, rank < top_k), (total, targets >= 0)):
+        for sums, value in (
+            (loss, nll),
+            (top1, rank < 1),
+            (topk, rank < top_k),
+            (total, targets >= 0),
+        ):
             sums += np.array((value.reshape(B, g, P) * valid).sum(axis=(0, 2)))
     total = np.maximum(total, 1)
     return {

@@ -20,7 +20,7 @@ from ..model.checkpoint import fingerprint, save_streams
 from ..model.projections import embedding_of, weight_shape
 from ..model.seams import Seams, attach, stream_shapes
 from ..model.streams import Streams
-from ..model.support import check_supported
+from ..model.support import ONE_MASK, check_supported
 from .data import Example, has_split, make_batch, read_examples
 from .loss import base_pass
 from .trainer import CHECKPOINT, Progress, TrainConfig, Trainer
@@ -65,11 +65,18 @@ def train_streams(
     """
     check_supported(model)
     if streams.main_sees_streams:
-        raise BadArgument("[train] main_sees_streams changes the base's output; lossless training cannot.")
+        raise BadArgument(
+            "[train] main_sees_streams changes the base's output; lossless training cannot."
+        )
     if streams.msa_layers > len(model.layers):
         raise BadArgument(
             f"[train] 'msa_layers' must be at most the model's {len(model.layers)} layers, "
             f"got {streams.msa_layers}."
+        )
+    if model.model_type in ONE_MASK and config.batch_size > 1:
+        raise BadArgument(
+            f"[train] 'batch_size' must be 1 for {model.model_type}, whose attention takes one mask per "
+            f"batch; got {config.batch_size}."
         )
     train, valid = _read(data, tokenizer, max_length, note)
     mx.random.seed(config.seed)
@@ -81,7 +88,9 @@ def train_streams(
         trainer.resume()
         note(f"resumed at step {trainer.iteration}")
     extra = sum(v.size for _, v in tree_flatten(seams.streams.parameters()))
-    note(f"{len(train)} rows to train on, {len(valid)} held out; {extra:,} parameters in the streams")
+    note(
+        f"{len(train)} rows to train on, {len(valid)} held out; {extra:,} parameters in the streams"
+    )
     try:
         trainer.run(train, valid, report)
     except KeyboardInterrupt:

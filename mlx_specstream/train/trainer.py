@@ -105,8 +105,8 @@ class Trainer:
         )
 
         def loss(batch):
-            losses = stream_losses(seams, batch)
-            return (losses * weights).sum() / weights.sum(), losses
+            losses, exit_loss = stream_losses(seams, batch)
+            return (losses * weights).sum() / weights.sum() + exit_loss, losses
 
         self._step = nn.value_and_grad(seams.streams, loss)
 
@@ -193,13 +193,17 @@ class Trainer:
         """
         path = self.folder / CHECKPOINT
         if not path.is_file():
-            raise BadCheckpoint(f"[train] nothing to resume: {path} is missing; start without --resume.")
+            raise BadCheckpoint(
+                f"[train] nothing to resume: {path} is missing; start without --resume."
+            )
         try:
             state, metadata = mx.load(str(path), return_metadata=True)
             about = json.loads(metadata["about"])
         except (RuntimeError, KeyError, ValueError) as error:
             line = str(error).splitlines()[0]
-            raise BadCheckpoint(f"[train] {path} cannot be read: {line}; start without --resume.") from None
+            raise BadCheckpoint(
+                f"[train] {path} cannot be read: {line}; start without --resume."
+            ) from None
         for name, ours in (
             ("streams", self.seams.streams.config.to_json()),
             ("config", asdict(self.config)),
