@@ -1,7 +1,7 @@
 """Is greedy output with streams token-identical to mlx_lm.generate's? Counts prompts, not averages.
 
     python benchmarks/identity.py --model M --streams S --prompts 200 \
-        --trees best:32 cartesian:3 --placements deferred inline --out results/identity.json
+        --trees best:32 cartesian:3 --placements deferred inline --out benchmarks/results/identity.json
 
 The result file holds ids and counts, no text.
 """
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import time
+from pathlib import Path
 
 from machine import about_machine
 from mlx_lm import load as load_stock
@@ -28,6 +29,8 @@ def main():
     parser.add_argument("--placements", nargs="+", default=["deferred", "inline"])
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     stock, tokenizer = load_stock(args.model)
     model, _ = mlx_specstream.load(args.model, streams=args.streams)

@@ -1,7 +1,7 @@
 """Wall clock of whole answers, prompt included: mlx_lm.generate against streams, interleaved.
 
     python benchmarks/speed.py --model M --streams S --prompts 40 --repeats 5 \
-        --trees best:8 best:16 best:32 --out results/speed.json
+        --trees best:8 best:16 best:32 --out benchmarks/results/speed.json
 
 One repeat runs every prompt once on each side, prompt by prompt; the ratio of a repeat is sum over
 sum. Printed: the median ratio and the range of the repeats.
@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 from machine import about_machine
 from mlx_lm import load as load_stock
@@ -36,6 +37,8 @@ def main():
     parser.add_argument("--placement", default="deferred")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     stock, tokenizer = load_stock(args.model)
     model, _ = mlx_specstream.load(args.model, streams=args.streams)

@@ -1,6 +1,6 @@
 """The prompts of the tasks that ``e2e-sql-14m`` was trained on, in its own form.
 
-The data is read from ``SPECSTREAM_DATA`` (default ``../shared``; docs/data.md names the public
+The data is read from ``SPECSTREAM_DATA`` (docs/data.md names the public
 sources).
 """
 
@@ -10,7 +10,8 @@ import os
 import random
 from pathlib import Path
 
-DATA = Path(os.environ.get("SPECSTREAM_DATA", "../shared")) / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DATA = Path(os.environ.get("SPECSTREAM_DATA", SHARED)) / "data"
 FORMS = {"e2e": "MR: {}\nText:", "sqlctx": "{}"}
 
 

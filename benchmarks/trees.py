@@ -1,7 +1,7 @@
 """Tokens per pass of many trees, replayed exactly from one teacher-forced pass per prompt.
 
     python benchmarks/trees.py --model M --streams S --prompts 200 --check best:32 \
-        --out results/trees.json
+        --out benchmarks/results/trees.json
 
 ``--check`` decodes for real with these trees too and compares the passes prompt by prompt.
 """
@@ -9,6 +9,7 @@
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 from machine import about_machine
@@ -53,6 +54,8 @@ def main():
     parser.add_argument("--check", nargs="*", default=[])
     parser.add_argument("--out")
     args = parser.parse_args()
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     model, tokenizer = mlx_specstream.load(args.model, streams=args.streams)
     seams, stop = seams_of(model), tokenizer.eos_token_ids

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from mlx_specstream.errors import BadCheckpoint, UnsupportedModel
+from mlx_specstream.hub import resolve
 
 from .weights import read_json
 
@@ -46,20 +47,10 @@ def find_source(hf_path: str, revision: str | None = None, code: bool = False) -
 
     Raises: BadCheckpoint when there is no such folder or the download fails.
     """
-    folder = Path(hf_path).expanduser()
-    if folder.is_dir():
-        return folder
-    looks_local = folder.is_absolute() or str(hf_path).startswith((".", "~"))
-    if folder.exists() or looks_local or str(hf_path).count("/") != 1:
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise BadCheckpoint(
-            f"{hf_path}: {what}; give a folder with config.json and weights, or a Hub id "
-            "'owner/name'"
-        )
-    return download(str(hf_path), revision, code)
+    return resolve(hf_path, lambda repo: download(repo, revision, code))
 
 
-def download(repo: str, revision: str | None, code: bool) -> Path:
+def download(repo: str, revision: str | None, code: bool) -> str:
     from huggingface_hub import list_repo_files, snapshot_download
 
     wanted = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ())]
@@ -68,16 +59,12 @@ def download(repo: str, revision: str | None, code: bool) -> Path:
         names = list_repo_files(repo, revision=revision)
         safe = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
         wanted += WEIGHT_FILES[:2] if safe else WEIGHT_FILES[2:]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except Exception as online:
         try:  # offline, or the Hub is down: an earlier download will do
-            local = snapshot_download(repo, revision=revision, local_files_only=True)
-            return Path(local)
+            return snapshot_download(repo, revision=revision, local_files_only=True)
         except Exception:
-            reason = (str(online).strip().splitlines() or [type(online).__name__])[0][:200]
-            raise BadCheckpoint(
-                f"{repo}: neither a local folder nor downloadable ({reason})"
-            ) from None
+            raise online from None
 
 
 def read_config(folder: Path) -> dict:

@@ -6,6 +6,7 @@ knows of trees.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
@@ -143,10 +144,7 @@ def stream_generate(
     Raises:
         BadArgument: an argument that breaks a rule, or cannot be honoured together with streams.
     """
-    if not isinstance(max_tokens, int) or max_tokens == 0 or max_tokens < -1:
-        raise BadArgument(
-            f"[max_tokens] must be a positive whole number, or -1 for no limit; got {max_tokens}."
-        )
+    max_tokens = check_max_tokens(max_tokens)
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     tokens = _tokens(tokenizer, prompt)
@@ -195,6 +193,19 @@ def stream_generate(
     return _responses(source, model, tokenizer, tokens.size, max_tokens, stream)
 
 
+def check_max_tokens(max_tokens: int) -> int:
+    """A positive whole number, or -1 for no limit; anything else raises BadArgument."""
+    try:
+        number = operator.index(max_tokens)
+    except TypeError:
+        number = 0
+    if number == 0 or number < -1:
+        raise BadArgument(
+            f"[max_tokens] must be a positive whole number, or -1 for no limit; got {max_tokens}."
+        )
+    return number
+
+
 def _responses(
     source: Iterator[Emitted], model, tokenizer, prompt_tokens: int, max_tokens: int, stream
 ) -> Generator[GenerationResponse, None, None]:
@@ -241,6 +252,8 @@ def _plain(model, tokens, draft_model, stream, **kwargs) -> Iterator[Emitted]:
         for n, (token, logprobs) in enumerate(generate_step(tokens, model, stream, **kwargs)):
             yield Emitted(token, logprobs, False, n)
         return
+    if kwargs["max_tokens"] == -1:  # mlx-lm's speculative loop does not know -1
+        kwargs["max_tokens"] = NO_LIMIT
     if kwargs.pop("input_embeddings", None) is not None:
         raise BadArgument("[input_embeddings] is not supported together with draft_model.")
     for name in ("max_kv_size", "prompt_progress_callback"):
@@ -333,11 +346,12 @@ def _tokens(tokenizer: TokenizerWrapper, prompt) -> mx.array:
     if isinstance(prompt, mx.array):
         return prompt
     if isinstance(prompt, str):
-        if not prompt:
-            raise BadArgument("[prompt] must hold at least one token; got an empty prompt.")
         # Special tokens are wanted unless the text brings them itself.
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        prompt = tokenizer.encode(prompt, add_special_tokens=bare)
+        try:
+            prompt = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []
+        except (TypeError, UnicodeError) as error:
+            raise BadArgument(f"[prompt] must be valid Unicode text: {error}.") from None
     return mx.array(prompt, dtype=mx.int32)
 
 

@@ -11,11 +11,22 @@ import mlx.nn as nn
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .errors import BadCheckpoint, UnsupportedModel
+from .hub import resolve
 from .model.checkpoint import find_streams, load_streams
 from .model.seams import attach
 from .model.support import check_supported
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "streams/*"]
+# As mlx-lm's, and the streams. Code comes along only where it may run.
+HUB_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+    "streams.safetensors",
+    "streams/*",
+]
 
 
 def load(
@@ -28,7 +39,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,
-    streams: str | Path | None = None,
+    streams: str | Path | bool | None = None,
     force: bool = False,
 ):
     """Load a model, its tokenizer and its streams: ``mlx_lm.load`` with streams.
@@ -36,7 +47,7 @@ def load(
     Args:
         path_or_hf_repo: a model folder in mlx-lm's layout, or a hub id.
         streams: a streams folder. None looks inside the model folder; without any the model
-            decodes plainly.
+            decodes plainly. False does not even look.
         force: take streams that were trained on another base (lossless ones: slower, same text).
         Others as in ``mlx_lm.load``.
 
@@ -48,7 +59,7 @@ def load(
         UnsupportedModel: mlx-lm lacks the architecture, or it cannot have streams.
         StreamsMismatch: the streams belong to another base.
     """
-    folder = model_folder(path_or_hf_repo, revision)
+    folder = model_folder(path_or_hf_repo, revision, trust_remote_code)
     model, tokenizer, config = load_base(
         folder,
         tokenizer_config,
@@ -57,7 +68,12 @@ def load(
         lazy,
         trust_remote_code,
     )
-    found = Path(streams) if streams is not None else find_streams(folder)
+    if streams is False:
+        found = None
+    elif streams is None or streams is True:
+        found = find_streams(folder)
+    else:
+        found = Path(streams)
     if found is not None:
         check_supported(model)
         parameters, note = load_streams(found, model, force)
@@ -104,7 +120,13 @@ def load_base(
         for name in ("adapter_config.json", "adapters.safetensors"):
             if not (adapter / name).is_file():
                 raise BadCheckpoint(f"[load] adapter_path {adapter} has no {name}.")
-        model = load_adapters(model, str(adapter))
+        try:
+            model = load_adapters(model, str(adapter))
+        except Exception as error:  # damaged JSON, missing keys, truncated weights ...
+            line = " ".join(str(error).split())
+            raise BadCheckpoint(
+                f"[load] adapter_path {adapter} cannot be loaded: {line[:300]}"
+            ) from None
         model.eval()
     try:
         tokenizer = load_tokenizer(
@@ -120,27 +142,18 @@ def load_base(
     return model, tokenizer, config
 
 
-def model_folder(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def model_folder(
+    path_or_hf_repo: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> Path:
     """A local folder, or the local copy of a hub repository (downloaded if need be)."""
-    path = Path(path_or_hf_repo).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_hf_repo)
-    if path.exists():
-        raise BadCheckpoint(f"[load] a model is a folder, but {path} is a file.")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise BadCheckpoint(
-            f"[load] {path} does not exist; give a model folder or a hub id (owner/name)."
-        )
-    from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except Exception as error:  # network, authorisation, no such repository, offline ...
-        line = " ".join(str(error).split())
-        raise BadCheckpoint(
-            f"[load] {name} is neither a folder here nor a repository that the hub gives: {line[:300]}"
-        ) from None
+    def download(name: str) -> str:
+        from huggingface_hub import snapshot_download
+
+        patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+
+    return resolve(path_or_hf_repo, download)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

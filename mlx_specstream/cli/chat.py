@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..errors import BadArgument, SpecStreamError
 from . import options
 
 HELP = "chat with a model"
@@ -23,11 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     keywords = options.generation_arguments(args)
-    model, tokenizer = options.load_model(args)
-    from ..errors import BadArgument
+    from ..decode.plan import make_plan
+    from ..model.seams import seams_of
 
+    model, tokenizer = options.load_model(args)
     if not tokenizer.has_chat_template:
         raise BadArgument("[chat] this model has no chat template; use mlx-specstream generate.")
+    seams = seams_of(model)
+    if seams is not None:  # a plan that cannot be made is said now, not after the first message
+        make_plan(seams.streams.config, args.tree, args.placement, keywords["prune"])
     conversation = Conversation(model, tokenizer, args.system_prompt, keywords)
     read = _reader()
     show_stats = True
@@ -74,33 +79,28 @@ class Conversation:
         """Yield the responses to a message. Closing or interrupting keeps what was said so far."""
         from ..generate import stream_generate
 
-        self.messages.append({"role": "user", "content": text})
-        tokens = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        messages = [*self.messages, {"role": "user", "content": text}]
+        tokens = options.chat_tokens(self.tokenizer, messages)
         known = self._reuse(tokens)
         self._fed = list(tokens)
         said = ""
+        responses = stream_generate(
+            self.model, self.tokenizer, tokens[known:], prompt_cache=self._cache, **self.keywords
+        )
         try:
-            for response in stream_generate(
-                self.model,
-                self.tokenizer,
-                tokens[known:],
-                prompt_cache=self._cache,
-                **self.keywords,
-            ):
+            for response in responses:
                 self._fed.append(response.token)
                 said += response.text
                 yield response
-        except BaseException:
-            if not said:  # nothing was answered: as if it had not been asked
-                self._cache, self._fed = None, []
+        except GeneratorExit:  # closed between two tokens: cache and tokens agree
+            raise
+        except BaseException:  # in the middle of a token: the cache may hold more than was said
+            self._cache, self._fed = None, []
             raise
         finally:
-            if said:
-                self.messages.append({"role": "assistant", "content": said})
-            else:
-                self.messages.pop()
+            responses.close()
+            if said:  # else it is as if it had not been asked
+                self.messages = [*messages, {"role": "assistant", "content": said}]
 
     def _reuse(self, tokens: list[int]) -> int:
         """How many of ``tokens`` the cache already holds; the cache is cut to them (or made anew)."""
@@ -136,6 +136,8 @@ def _answer(conversation: Conversation, text: str, show_stats: bool) -> None:
     except KeyboardInterrupt:
         responses.close()
         print("\n(stopped)", file=sys.stderr)
+    except SpecStreamError as error:
+        print(f"mlx-specstream: error: {error}", file=sys.stderr)
     if show_stats and response is not None:
         print(
             f"[{response.generation_tokens} tokens, {response.generation_tps:.1f} per second, "

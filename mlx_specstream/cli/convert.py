@@ -41,7 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..converters import convert
+    from ..errors import BadArgument
 
+    for name, idle in (
+        ("q_bits", None),
+        ("q_group_size", None),
+        ("quant_predicate", None),
+        ("q_mode", "affine"),
+    ):
+        if not args.quantize and getattr(args, name) != idle:
+            raise BadArgument(f"[{name}] needs -q (--quantize).")
     out = convert(
         args.hf_path,
         args.mlx_path,

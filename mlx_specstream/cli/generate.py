@@ -8,6 +8,13 @@ import sys
 from . import options
 
 HELP = "generate an answer to a prompt"
+MLX_LM_OPTIONS = (
+    "num_draft_tokens",
+    "max_kv_size",
+    "kv_bits",
+    "kv_group_size",
+    "quantized_kv_start",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mlx_lm.add_argument("--num-draft-tokens", type=int, help="tokens per draft of --draft-model")
     mlx_lm.add_argument("--max-kv-size", type=int, help="tokens in a rotating K/V cache")
     mlx_lm.add_argument("--kv-bits", type=int, help="bits of a quantised K/V cache")
+    mlx_lm.add_argument("--kv-group-size", type=int, help="its group size (default: 64)")
+    mlx_lm.add_argument(
+        "--quantized-kv-start", type=int, help="tokens before it is used (default: 5000)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no statistics")
 
 
@@ -38,25 +49,21 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise BadArgument("[prompt] must hold at least one token; got an empty prompt.")
-    if args.max_tokens == 0 or args.max_tokens < -1:  # before a large model is read
-        raise BadArgument(
-            f"[max_tokens] must be a positive whole number, or -1 for no limit; got {args.max_tokens}."
-        )
+    if args.num_draft_tokens is not None and not args.draft_model:
+        raise BadArgument("[num_draft_tokens] needs --draft-model.")
     model, tokenizer = options.load_model(args)
     if args.draft_model:
         from ..load import load
 
-        keywords["draft_model"], _ = load(args.draft_model)
-    for name in ("num_draft_tokens", "max_kv_size", "kv_bits"):
+        keywords["draft_model"], _ = load(args.draft_model, streams=False)
+    for name in MLX_LM_OPTIONS:
         if getattr(args, name) is not None:
             keywords[name] = getattr(args, name)
     if tokenizer.has_chat_template and not args.ignore_chat_template:
         messages = [{"role": "user", "content": prompt}]
         if args.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": args.system_prompt})
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        prompt = options.chat_tokens(tokenizer, messages)
     response = None
     for response in stream_generate(model, tokenizer, prompt, **keywords):
         print(response.text, end="", flush=True)

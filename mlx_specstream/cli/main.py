@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         COMMANDS[args.command].run(args)
-    except (SpecStreamError, OSError) as error:
+    except (SpecStreamError, OSError, UnicodeError) as error:
         if args.debug:
             raise
         print(f"mlx-specstream: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -65,7 +65,7 @@ def load_model(args: argparse.Namespace):
         adapter_path=args.adapter_path,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
-        streams=args.streams,
+        streams=False if args.no_streams else args.streams,
         force=args.force,
     )
     for token in getattr(args, "extra_eos_token", None) or []:
@@ -78,7 +78,9 @@ def generation_arguments(args: argparse.Namespace) -> dict:
     from mlx_lm.sample_utils import make_sampler
 
     from ..decode.prune import PruneRule
+    from ..decode.tree import TreeShape
     from ..errors import BadArgument
+    from ..generate import check_max_tokens
 
     for name, ok, rule in (
         ("temp", args.temp >= 0, ">= 0"),
@@ -88,11 +90,13 @@ def generation_arguments(args: argparse.Namespace) -> dict:
     ):
         if not ok:
             raise BadArgument(f"[{name}] must be {rule}, got {getattr(args, name)}.")
+    if args.tree is not None:
+        TreeShape.parse(args.tree)
     prune = None
     if args.prune_keep is not None or args.prune_threshold is not None:
         prune = PruneRule(args.prune_keep, args.prune_threshold)
     return {
-        "max_tokens": args.max_tokens,
+        "max_tokens": check_max_tokens(args.max_tokens),
         "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
         "seed": args.seed,
         "use_streams": not args.no_streams,
@@ -100,3 +104,16 @@ def generation_arguments(args: argparse.Namespace) -> dict:
         "placement": args.placement,
         "prune": prune,
     }
+
+
+def chat_tokens(tokenizer, messages: list[dict]) -> list[int]:
+    """The prompt that the chat template makes of messages; its own complaints are one line."""
+    from ..errors import BadArgument
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # templates raise jinja2's errors, tokenizers TypeError on bad text
+        line = " ".join(str(error).split())
+        raise BadArgument(f"[chat template] refuses these messages: {line[:300]}") from None

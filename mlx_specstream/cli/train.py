@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..load import load_base, model_folder
     from ..train.session import default_msa_layers, train_streams
-    from ..train.trainer import TrainConfig
+    from ..train.trainer import CHECKPOINT, TrainConfig
 
     names = (
         "iters",
@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
                 note=display.note,
             )
         except KeyboardInterrupt:
-            display.note(f"stopped; go on with --resume (checkpoint in {args.streams})")
+            if (args.streams / CHECKPOINT).exists():
+                display.note(f"stopped; go on with --resume (checkpoint in {args.streams})")
             raise
     print(f"{args.streams}: {about['steps']} steps in {about['seconds']:.0f} s", file=sys.stderr)
 
@@ -152,7 +153,7 @@ class ProgressDisplay:
         self.bar.stop()
 
     def note(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, progress) -> None:
         seconds = progress.seconds * (1 - progress.done) / max(progress.done, 1e-9)

@@ -47,9 +47,8 @@ def nodes_to_keep(tree: Tree, logprobs: np.ndarray, rule: PruneRule) -> np.ndarr
     """Indices of the nodes that stay, ascending; with every node its parent, always the root."""
     along = np.where(tree.ancestors, logprobs[None], 0.0)
     if rule.threshold is not None:
-        weakest = np.where(tree.ancestors, logprobs[None], 0.0).min(axis=1)
         with np.errstate(divide="ignore"):
-            return np.flatnonzero(weakest >= np.log(rule.threshold))
+            return np.flatnonzero(along.min(axis=1) >= np.log(rule.threshold))
     # A path's probability never grows with depth, and equal ones keep the parent first.
     order = np.lexsort((np.arange(tree.size), -along.sum(axis=1)))
     return np.sort(order[: rule.keep])

@@ -41,13 +41,13 @@ class TreeShape:
     def parse(cls, text: str) -> TreeShape:
         """``"chain"``, ``"cartesian:K"`` or ``"best:M"``; raises BadArgument."""
         kind, colon, size = str(text).partition(":")
-        if (kind == "chain") == bool(colon) or (colon and not size.isdigit()):
+        whole = size.isascii() and size.isdigit()
+        if (kind == "chain") == bool(colon) or (colon and not whole):
             raise BadArgument(
                 f"[tree] a tree is 'chain', 'cartesian:K' or 'best:M' with whole numbers K, M >= 1;"
                 f" got '{text}'."
             )
-        shape = cls(kind, int(size or 1))
-        return shape
+        return cls(kind, int(size or 1))
 
     def nodes(self, depth: int) -> int:
         """The most nodes that a tree of this shape and depth has, root included."""

@@ -68,7 +68,7 @@ def read_examples(
     for number, row in _rows(path):
         try:
             example = _example(row, tokenizer)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # a chat template may raise anything
             raise BadData(
                 f'[data] {path}:{number}: a row must have "prompt" and "completion", "messages" or '
                 f'"text": {error!r}.'
@@ -112,7 +112,7 @@ def _example(row: dict, tokenizer) -> Example:
         if not tokenizer.has_chat_template:
             prompt = tokenizer.encode(row["prompt"])
             rest = tokenizer.encode(row["completion"], add_special_tokens=False)
-            return Example([*prompt, *rest, tokenizer.eos_token_id], len(prompt))
+            return Example([*prompt, *rest, *_end(tokenizer)], len(prompt))
         messages = [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["completion"]},
@@ -123,9 +123,14 @@ def _example(row: dict, tokenizer) -> Example:
     if not isinstance(row["text"], str):
         raise ValueError("text must be a string")
     tokens = tokenizer.encode(row["text"])
-    if tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(tokenizer.eos_token_id)
+    if tokens[-1:] != _end(tokenizer):
+        tokens += _end(tokenizer)
     return Example(tokens, 0)
+
+
+def _end(tokenizer) -> list[int]:
+    """The end-of-sequence token, if the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _chat(messages: list[dict], tools, tokenizer) -> Example:
@@ -134,6 +139,8 @@ def _chat(messages: list[dict], tools, tokenizer) -> Example:
         raise ValueError(
             "the tokenizer has no chat template, so rows must have prompt/completion or text"
         )
+    if not all(isinstance(m["content"], str | list) for m in messages):
+        raise ValueError("every message must have a content")
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's")
     tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
@@ -183,7 +190,7 @@ def _epoch_order(examples: list[Example], size: int, rng) -> list[np.ndarray]:
         part = part[np.argsort([len(examples[k].tokens) for k in part], kind="stable")]
         groups += [part[i : i + size] for i in range(0, len(part), size)]
     full = [g for g in groups if len(g) == size] or groups
-    return [full[k] for k in rng.permutation(len(full))] + groups[: max(0, 1 - len(full))]
+    return [full[k] for k in rng.permutation(len(full))]
 
 
 def make_batch(examples: list[Example], hosts: list[np.ndarray], num_streams: int) -> Batch:

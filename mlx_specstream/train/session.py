@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -78,24 +80,30 @@ def train_streams(
             f"[train] 'batch_size' must be 1 for {model.model_type}, whose attention takes one mask per "
             f"batch; got {config.batch_size}."
         )
+    if max_length < 3:
+        raise BadArgument(f"[train] 'max_seq_length' must be >= 3 tokens, got {max_length}.")
     train, valid = _read(data, tokenizer, max_length, note)
     mx.random.seed(config.seed)
     base = fingerprint(model)
     seams = attach(model, _new_streams(model, streams))
     _scale_embeddings(seams, train[: config.batch_size])
-    trainer = Trainer(seams, config, out)
+    trainer = Trainer(seams, config, out, base)
     if resume:
         trainer.resume()
         note(f"resumed at step {trainer.iteration}")
+    elif (out / CHECKPOINT).exists():
+        note(
+            f"{out / CHECKPOINT} of an earlier run will be replaced (--resume would go on with it)"
+        )
     extra = sum(v.size for _, v in tree_flatten(seams.streams.parameters()))
     note(
         f"{len(train)} rows to train on, {len(valid)} held out; {extra:,} parameters in the streams"
     )
-    try:
+    if not extra:
+        raise BadArgument("[train] nothing to train: no LoRA, no embeddings; use --lora-rank.")
+    out.mkdir(parents=True, exist_ok=True)  # an output that cannot be written fails before the run
+    with stop_between_steps(trainer):
         trainer.run(train, valid, report)
-    except KeyboardInterrupt:
-        trainer.save()
-        raise
     about = {
         "mode": "lossless",
         "steps": trainer.iteration,
@@ -108,6 +116,26 @@ def train_streams(
     save_streams(out, seams.streams, base, about)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return about
+
+
+@contextmanager
+def stop_between_steps(trainer: Trainer):
+    """Ctrl-C and SIGTERM end the run after the step in progress; a second one at once."""
+
+    def stop(signum, frame):
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    try:
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # signals belong to the main thread
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read(data: Path, tokenizer, max_length: int, note) -> tuple[list[Example], list[Example]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import BadArgument, BadCheckpoint
+from ..model.checkpoint import compare, fingerprint, save_tensors
 from ..model.seams import Seams
 from .data import Batch, Example, batches, make_batch
 from .loss import evaluate, stream_losses
@@ -64,6 +66,8 @@ class TrainConfig:
         for name in ("learning_rate", "embedding_rate", "stream_decay"):
             if not getattr(self, name) > 0:
                 raise BadArgument(f"[train] '{name}' must be > 0, got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise BadArgument(f"[train] 'seed' must be >= 0, got {self.seed}.")
         if self.minutes is not None and not self.minutes > 0:
             raise BadArgument(f"[train] 'minutes' must be > 0, got {self.minutes}.")
 
@@ -86,11 +90,16 @@ class Trainer:
         seams: the attached model, with streams.
         config: how to train.
         folder: where checkpoints go.
+        base: ``fingerprint`` of the base, which a checkpoint must match.
     """
 
-    def __init__(self, seams: Seams, config: TrainConfig, folder: Path):
+    def __init__(
+        self, seams: Seams, config: TrainConfig, folder: Path, base: dict[str, Any] | None = None
+    ):
         self.seams, self.config, self.folder = seams, config, folder
+        self.base = fingerprint(seams.model) if base is None else base
         self.iteration, self.seconds, self.history = 0, 0.0, []
+        self.stop_requested = False
         fast = lambda name, _: name.startswith("embeddings")  # noqa: E731
         self.optimizer = optim.MultiOptimizer(
             [
@@ -118,13 +127,14 @@ class Trainer:
         return min(1.0, self.iteration / self.config.iters)
 
     def run(self, train: list[Example], valid: list[Example], report: Callable[[Progress], None]):
-        """Train to the end of the run (or go on with it).
+        """Train to the end of the run (or go on with it). Set ``stop_requested`` to end it early.
 
         Args:
             report: called after every step.
 
         Raises:
             BadArgument: the loss became NaN or infinite (the advice is in the message).
+            KeyboardInterrupt: ``stop_requested``; the checkpoint is written.
         """
         g = self.seams.streams.config.num_streams
         source = batches(
@@ -136,19 +146,23 @@ class Trainer:
             first=self.iteration,
         )
         held_out = validation_batches(valid, self.config.batch_size, g)
+        clock = time.perf_counter()
         while self.done < 1.0:
-            start = time.perf_counter()
+            if self.stop_requested:  # between two steps, so that what is saved is whole
+                self.save()
+                raise KeyboardInterrupt
             losses = self.step(next(source))
-            self.seconds += time.perf_counter() - start
             if not all(map(math.isfinite, losses)):
                 raise BadArgument(
-                    f"[train] the loss became {losses} at step {self.iteration}; use a lower "
-                    f"--learning-rate than {self.config.learning_rate} and --resume."
+                    f"[train] the loss became {losses} at step {self.iteration}; train with a lower "
+                    f"--learning-rate than {self.config.learning_rate}."
                 )
             validation = None
             if self.iteration % self.config.eval_every == 0 or self.done >= 1.0:
                 validation = evaluate(self.seams, held_out, TOP_K)
                 self.history.append({"iteration": self.iteration, **validation})
+            now = time.perf_counter()  # validation counts too: a user waits for it
+            self.seconds, clock = self.seconds + now - clock, now
             if self.iteration % self.config.save_every == 0:
                 self.save()
             report(Progress(self.iteration, self.done, self.seconds, losses, validation))
@@ -180,9 +194,10 @@ class Trainer:
             "history": self.history,
             "streams": self.seams.streams.config.to_json(),
             "config": asdict(self.config),
+            "base": self.base,
         }
         temporary = self.folder / f".{CHECKPOINT}.tmp.safetensors"
-        mx.save_safetensors(str(temporary), state, {"about": json.dumps(about)})
+        save_tensors(temporary, state, {"about": json.dumps(about)})
         os.replace(temporary, self.folder / CHECKPOINT)
 
     def resume(self) -> None:
@@ -217,6 +232,8 @@ class Trainer:
         part = lambda prefix: [  # noqa: E731
             (k.removeprefix(prefix), v) for k, v in state.items() if k.startswith(prefix)
         ]
+        if compare(about["base"], self.base)[0] != "same":
+            raise BadCheckpoint(f"[train] {path} is of another base; start without --resume.")
         self.seams.streams.load_weights(part("streams."))
         self.optimizer.state = tree_unflatten(part("optimizer."))
         self.iteration, self.seconds = about["iteration"], about["seconds"]
