@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from machine import about_machine
+from machine import about_machine, arguments
 from mlx_lm import load as load_stock
 from mlx_lm import stream_generate as stock_stream_generate
 from tasks import FORMS, valid_sample
@@ -34,7 +34,7 @@ def main():
 
     stock, tokenizer = load_stock(args.model)
     model, _ = mlx_specstream.load(args.model, streams=args.streams)
-    results = {"machine": about_machine(), "arguments": vars(args), "tasks": {}}
+    results = {"machine": about_machine(), "arguments": arguments(args), "tasks": {}}
     for task in FORMS:
         prompts = [tokenizer.bos_token + p for p in valid_sample(task, args.prompts)]
         expected = [

@@ -9,6 +9,15 @@ import mlx.core as mx
 from mlx_specstream import blas
 
 
+PATHS = ("model", "streams")
+
+
+def arguments(args) -> dict:
+    """The arguments of a run; of folders the name only."""
+    named = {k: os.path.basename(str(v).rstrip("/")) for k, v in vars(args).items() if k in PATHS}
+    return {**{k: v for k, v in vars(args).items() if k != "out"}, **named}
+
+
 def about_machine() -> dict:
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):

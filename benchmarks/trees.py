@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from machine import about_machine
+from machine import about_machine, arguments
 from tasks import FORMS, valid_sample
 
 from mlx_specstream.decode.tree import TreeShape
@@ -62,7 +62,7 @@ def main():
     g = seams.streams.config.num_streams
     shapes = [TreeShape.parse(t) for t in args.trees]
     count = max(s.candidates(seams.vocabulary_size) for s in shapes)
-    results = {"machine": about_machine(), "arguments": vars(args), "tasks": {}}
+    results = {"machine": about_machine(), "arguments": arguments(args), "tasks": {}}
     for task in FORMS:
         answers, guesses, prompts = [], [], []
         for prompt in valid_sample(task, args.prompts):

@@ -22,7 +22,7 @@ ORDER = [
     {"decode"},
     {"model"},
     {"kernels"},
-    {"config"},
+    {"config", "hub"},
     {"errors", "blas"},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
