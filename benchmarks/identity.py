@@ -1,9 +1,10 @@
-"""Is greedy output with streams token-identical to mlx_lm.generate's? Counts prompts, not averages.
+"""Is greedy output with streams token-identical to mlx_lm.generate's, prompt by prompt?
 
     python benchmarks/identity.py --model M --streams S --prompts 200 \
-        --trees best:32 cartesian:3 --placements deferred inline --out benchmarks/results/identity.json
+        --trees best:32 cartesian:2 --placements deferred inline --out benchmarks/results/identity.json
 
-The result file holds ids and counts, no text.
+Also compares the passes of every answer with those of the replay (measure/simulate.py). The result
+file holds ids and counts, no text.
 """
 
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
@@ -18,38 +19,50 @@ from mlx_lm import load as load_stock
 from mlx_lm import stream_generate as stock_stream_generate
 from tasks import FORMS, valid_sample
 
+from mlx_specstream.decode.tree import TreeShape
+from mlx_specstream.measure.simulate import guesses_along, replay
+from mlx_specstream.model.seams import seams_of
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--streams", required=True)
+    parser.add_argument("--tasks", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--prompts", type=int, default=200, help="per task")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--trees", nargs="+", default=["best:32", "cartesian:3"])
+    parser.add_argument("--trees", nargs="+", default=["best:32", "cartesian:2"])
     parser.add_argument("--placements", nargs="+", default=["deferred", "inline"])
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     stock, tokenizer = load_stock(args.model)
     model, _ = mlx_specstream.load(args.model, streams=args.streams)
+    stop = tokenizer.eos_token_ids
+    shapes = [TreeShape.parse(tree) for tree in args.trees]
+    candidates = max(shape.candidates(seams_of(model).vocabulary_size) for shape in shapes)
     results = {"machine": about_machine(), "arguments": arguments(args), "tasks": {}}
-    for task in FORMS:
-        prompts = [tokenizer.bos_token + p for p in valid_sample(task, args.prompts)]
-        expected = [
-            [
-                r.token
-                for r in stock_stream_generate(stock, tokenizer, p, max_tokens=args.max_tokens)
-            ]
-            for p in prompts
+    for task in args.tasks:
+        prompts = [
+            tokenizer.encode(tokenizer.bos_token + text, add_special_tokens=False)
+            for text in valid_sample(task, args.prompts)
         ]
+        expected, guesses = [], []
+        for prompt in prompts:
+            said = stock_stream_generate(stock, tokenizer, prompt, max_tokens=args.max_tokens)
+            expected.append([r.token for r in said])
+            guesses.append(guesses_along(seams_of(model), prompt, expected[-1], candidates))
         rows = results["tasks"][task] = {
-            "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
             "generated_tokens": sum(map(len, expected)),
             "runs": [],
         }
-        for tree in args.trees:
+        for shape in shapes:
+            simulated = [
+                replay(g, tokens, shape, args.max_tokens, stop).passes
+                for g, tokens in zip(guesses, expected, strict=True)
+            ]
             for placement in args.placements:
                 same, passes, tic = 0, [], time.perf_counter()
                 for prompt, tokens in zip(prompts, expected, strict=True):
@@ -59,32 +72,25 @@ def main():
                             tokenizer,
                             prompt,
                             max_tokens=args.max_tokens,
-                            tree=tree,
+                            tree=str(shape),
                             placement=placement,
                         )
                     )
                     same += [r.token for r in out] == tokens
                     passes.append(out[-1].passes)
-                total = sum(len(t) - 1 for t in expected) / max(1, sum(passes))
-                seconds = time.perf_counter() - tic
-                rows["runs"].append(
-                    {
-                        "tree": tree,
-                        "placement": placement,
-                        "identical": same,
-                        "of": len(prompts),
-                        "tokens_per_pass": total,
-                        "seconds": seconds,
-                        "passes": passes,
-                    }
-                )
-                print(
-                    f"{task} {tree} {placement}: {same} of {len(prompts)} identical, "
-                    f"{total:.3f} tokens per pass, {seconds:.0f} s",
-                    flush=True,
-                )
-    with open(args.out, "w") as file:
-        json.dump(results, file, indent=1)
+                run = {
+                    "tree": str(shape),
+                    "placement": placement,
+                    "identical": same,
+                    "passes_as_simulated": sum(map(int.__eq__, passes, simulated)),
+                    "of": len(prompts),
+                    "tokens_per_pass": sum(len(t) - 1 for t in expected) / max(1, sum(passes)),
+                    "seconds": time.perf_counter() - tic,
+                    "passes": passes,
+                }
+                rows["runs"].append(run)
+                print(task, {k: v for k, v in run.items() if k != "passes"}, flush=True)
+    Path(args.out).write_text(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from mlx_specstream import blas
 
-
 PATHS = ("model", "streams")
 
 

@@ -1,0 +1,1 @@
+"""One step of decoding and its parts: draft, prune, verify, choose, plan."""

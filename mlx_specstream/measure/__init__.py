@@ -1,0 +1,1 @@
+"""Measurements: exact replay of drafts."""

@@ -1,0 +1,1 @@
+"""Stock mlx-lm models with streams: seams, cache, rows, parameters, the streams folder."""

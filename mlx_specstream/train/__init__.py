@@ -1,0 +1,1 @@
+"""Training of streams: data, loss, trainer, session. Never imports decode."""
