@@ -7,11 +7,10 @@ import time
 from mlx_specstream import blas, load, stream_generate
 
 PROMPTS = (
-    "MR: name[The Copper Kettle], food[Italian], priceRange[cheap], area[riverside]\nText:",
-    "MR: name[Blue Spice], eatType[coffee shop], customer rating[5 out of 5], "
-    "familyFriendly[yes], near[Crowne Plaza Hotel]\nText:",
-    "CREATE TABLE lighthouses (name VARCHAR, height INTEGER, country VARCHAR)\n"
-    "Q: What is the height of the lighthouse in Norway?\nSQL:",
+    "MR: name[The Phoenix], eatType[pub], food[Italian], priceRange[cheap], area[riverside]\nText:",
+    "MR: name[Alimentum], area[city centre], familyFriendly[no], near[Burger King]\nText:",
+    "CREATE TABLE table_name_11 (score VARCHAR, date VARCHAR, opponent VARCHAR)\n"
+    "Q: What is the score when the opponent is Leeds United?\nSQL:",
 )
 REPEATS = 5
 

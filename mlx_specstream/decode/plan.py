@@ -12,9 +12,9 @@ from .prune import PruneRule
 from .tree import MAX_NODES, TreeShape
 
 PLACEMENTS = ("inline", "deferred")
-# Nodes of the default tree. On Apple GPUs up to about five rows of a pass are cheap in every public
-# measurement (docs/log.md); with a fast CPU BLAS sixteen are. Neither is measured on this machine.
-GPU_NODES, CPU_NODES = 5, 16
+# Nodes of the default tree. CPU: the knee measured with OpenBLAS on two cores (docs/log.md). GPU: up to
+# about five rows of a pass are cheap on Apple chips in others' reports; not measured by us.
+GPU_NODES, CPU_NODES = 5, 8
 
 
 @dataclass(frozen=True)
