@@ -37,8 +37,7 @@ def main():
     parser.add_argument("--placement", default="deferred")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     stock, tokenizer = load_stock(args.model)
     model, _ = mlx_specstream.load(args.model, streams=args.streams)
@@ -46,7 +45,6 @@ def main():
     for task in FORMS:
         prompts = [tokenizer.bos_token + p for p in valid_sample(task, args.prompts)]
         taken = {tree: [] for tree in [None, *args.trees]}
-        generated, passes = 0, dict.fromkeys(args.trees, 0)
         for repeat in range(args.repeats + 1):  # the first warms up
             sums = dict.fromkeys(taken, 0.0)
             generated, passes = 0, dict.fromkeys(args.trees, 0)

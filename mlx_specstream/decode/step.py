@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..model.rows import Rows, stream_rows, tree_rows
+from ..model.rows import Rows, tree_rows
 from ..model.seams import Pass, Seams
 from .choose import Greedy, Sampled
 from .draft import Guesses, draft, guesses_from
@@ -109,15 +109,7 @@ def _deferred_streams(seams: Seams, host: mx.array, stores: list) -> mx.array:
 
     They are an ordinary causal chunk behind the accepted node, and leave no K/V behind.
     """
-    config = seams.streams.config
-    rows = stream_rows(
-        hosts=mx.array([[stores[-1].offset - 1]]),
-        num_streams=config.num_streams,
-        at_host=config.stream_position == "t",
-        prefix=None,
-    )
-    run = Pass(rows, first=seams.cut, enters=seams.streams.begin(host), take=slice(0, 1))
-    seams.forward(run, stores=stores)
+    run = seams.run_streams(host, mx.array([[stores[-1].offset - 1]]), stores)
     for context in run.contexts[seams.cut :]:
         context.drop()
     return run.last_hidden

@@ -27,7 +27,7 @@ from ..config import StreamConfig
 from ..errors import BadArgument
 from .cache import LayerContext, MaskRequest, NoStore
 from .projections import Projection, embedding_of, projections_of, weight_shape
-from .rows import Rows, causal_rows, with_streams
+from .rows import Rows, causal_rows, stream_rows, with_streams
 from .streams import Streams
 
 ROPES = (
@@ -182,6 +182,31 @@ class Seams:
             main_sees_streams=config.main_sees_streams,
         )
         return mx.concatenate([hidden, self.streams.begin(hidden)], axis=1), rows
+
+    def run_streams(
+        self, host_hidden: mx.array, hosts: mx.array, stores: list, prefix: int | None = None
+    ) -> Pass:
+        """Run only the streams of some hosts through the MSA layers (deferred placement).
+
+        Args:
+            host_hidden: M^{N-Ns} of the hosts [B, P, E].
+            hosts: their positions, int32 [B, P].
+            stores: where the K/V of the main rows lie.
+            prefix: as in ``stream_rows``.
+
+        Returns:
+            The pass; its ``last_hidden`` is [B, g * P, E], stream-major.
+        """
+        config = self.streams.config
+        rows = stream_rows(
+            hosts=hosts,
+            num_streams=config.num_streams,
+            at_host=config.stream_position == "t",
+            prefix=prefix,
+        )
+        run = Pass(rows, first=self.cut, enters=self.streams.begin(host_hidden), take=slice(0, 1))
+        self.forward(run, stores=stores)
+        return run
 
     def logits(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """Main logits [B, L, V] and stream logits [B, g, L, V] at every position of tokens [B, L].

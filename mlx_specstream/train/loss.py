@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..model.cache import FixedPrefix, NoStore
-from ..model.rows import causal_rows, stream_rows
+from ..model.rows import causal_rows
 from ..model.seams import Pass, Seams
 from .data import Batch
 
@@ -36,16 +36,8 @@ def base_pass(seams: Seams, tokens: mx.array) -> tuple[mx.array, list]:
 
 def stream_hidden(seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.array) -> mx.array:
     """Last hidden states of the streams of ``hosts`` [B, P] -> [B, g * P, E], stream-major."""
-    config = seams.streams.config
-    rows = stream_rows(
-        hosts=hosts,
-        num_streams=config.num_streams,
-        at_host=config.stream_position == "t",
-        prefix=cut_hidden.shape[1],
-    )
     at_hosts = mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)  # [B, P, E]
-    run = Pass(rows, first=seams.cut, enters=seams.streams.begin(at_hosts), take=slice(0, 1))
-    seams.forward(run, stores=stores)
+    run = seams.run_streams(at_hosts, hosts, stores, prefix=cut_hidden.shape[1])
     return run.last_hidden
 
 

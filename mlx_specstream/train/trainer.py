@@ -146,7 +146,7 @@ class Trainer:
             first=self.iteration,
         )
         held_out = validation_batches(valid, self.config.batch_size, g)
-        clock = time.perf_counter()
+        clock = time.perf_counter() - self.seconds
         while self.done < 1.0:
             if self.stop_requested:  # between two steps, so that what is saved is whole
                 self.save()
@@ -157,12 +157,12 @@ class Trainer:
                     f"[train] the loss became {losses} at step {self.iteration}; train with a lower "
                     f"--learning-rate than {self.config.learning_rate}."
                 )
+            self.seconds = time.perf_counter() - clock
             validation = None
             if self.iteration % self.config.eval_every == 0 or self.done >= 1.0:
                 validation = evaluate(self.seams, held_out, TOP_K)
                 self.history.append({"iteration": self.iteration, **validation})
-            now = time.perf_counter()  # validation counts too: a user waits for it
-            self.seconds, clock = self.seconds + now - clock, now
+                self.seconds = time.perf_counter() - clock  # a user waits for it too
             if self.iteration % self.config.save_every == 0:
                 self.save()
             report(Progress(self.iteration, self.done, self.seconds, losses, validation))
