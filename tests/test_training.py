@@ -297,6 +297,11 @@ def test_a_tiny_run_lowers_the_loss(data, tmp_path):
     assert any("9 rows to train on, 3 held out" in line for line in notes)
 
 
+def test_a_run_by_the_clock_ends_with_a_validation(data, tmp_path):
+    about, _, _ = run(data, tmp_path / "out", config={"minutes": 0.005, "eval_every": 10**6})
+    assert about["validation"]["iteration"] == about["steps"] > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, number):
     whole = seams_of(run(data, tmp_path / "whole")[2]).streams
