@@ -29,6 +29,7 @@ _PUBLIC = {
     "stream_generate": "generate",
     "GenerationResponse": "generate",
     "make_prompt_cache": "model.cache",
+    "make_sampler": "decode.choose",
     "StreamConfig": "config",
     "SpecStreamError": "errors",
 }

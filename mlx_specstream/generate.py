@@ -20,13 +20,13 @@ from mlx_lm.generate import (
     speculative_generate_step,
     wired_limit,
 )
-from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .decode.choose import Greedy, Sampled, SeededSampler, fresh_seed, is_greedy
-from .decode.plan import Plan, make_plan
+from .decode.arrange import make_chooser, make_steering, seams_for_copies, seeded
+from .decode.copy import Copier
+from .decode.decoder import Decoder
 from .decode.prune import PruneRule
-from .decode.step import step
+from .decode.record import Record
 from .errors import BadArgument
 from .model.cache import check_prompt_cache, make_prompt_cache
 from .model.seams import Seams, seams_of
@@ -109,6 +109,10 @@ def stream_generate(
     tree: str | None = None,
     placement: str | None = None,
     prune: PruneRule | None = None,
+    copies: bool | None = None,
+    coupled: bool = True,
+    guard: float = 0.0,
+    record: Record | None = None,
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prompt_cache: list | None = None,
@@ -128,10 +132,21 @@ def stream_generate(
         use_streams: False decodes plainly with mlx-lm's loop.
         seed: of the sampler; the same seed gives the same text with streams on and off. None draws
             one from ``mx.random``, whose state is otherwise left alone.
-        tree: ``"chain"``, ``"cartesian:K"`` or ``"best:M"``; None is chosen for you.
-        placement: ``"inline"`` or ``"deferred"``; None is chosen for you.
+        tree: ``"chain"``, ``"cartesian:K"`` or ``"best:M"`` for every pass. None leaves it to the
+            planner, which weighs trees of several sizes, and plain decoding, by what they cost on
+            this machine (``mlx-specstream tune``) and by how good the drafts turn out to be.
+        placement: where streams run, ``"inline"`` or ``"deferred"``; None is chosen for you.
         prune: early-exit pruning; None is off.
-        sampler, logits_processors: mlx-lm's.
+        copies: draft from the prompt and the text so far, too. Needs no streams. None: together
+            with streams, unless ``tree`` is given.
+        coupled: at a temperature, rank drafts with the noise of the draws that will judge them.
+            Speed only; the text is the same.
+        guard: a choice between two logits that are closer than this is left to a pass of one row,
+            the arithmetic of plain decoding; 0 is off. For machines whose arithmetic depends on the
+            number of rows.
+        record: filled with what every pass did.
+        sampler: mlx-lm's, or of ``mlx_specstream.make_sampler``, whose drafts are coupled best.
+        logits_processors: mlx-lm's.
         prompt_cache: of ``make_prompt_cache``; holds prompt and answer afterwards.
         prefill_step_size: prompt tokens per forward.
         prompt_progress_callback: called with (tokens done, tokens in all).
@@ -152,7 +167,9 @@ def stream_generate(
         raise BadArgument("[prompt] must hold at least one token; got an empty prompt.")
     seams = seams_of(model)
     with_streams = use_streams and seams is not None and seams.streams is not None
-    if with_streams:
+    if copies and not with_streams:
+        seams = seams_for_copies(model, seams)
+    if with_streams or copies:
         # mlx-lm's callers always pass these; they mean nothing without what they belong to.
         idle = {"kv_group_size", "quantized_kv_start", "num_draft_tokens"}
         given = [name for name, value in kwargs.items() if value is not None and name not in idle]
@@ -160,13 +177,25 @@ def stream_generate(
             given.insert(0, "draft_model")
         if given:
             raise BadArgument(
-                f"[{given[0]}] is not supported together with streams; pass use_streams=False."
+                f"[{given[0]}] is not supported together with streams or copies; pass "
+                "use_streams=False, copies=False."
             )
+        if guard < 0:
+            raise BadArgument(f"[guard] must be >= 0, got {guard}.")
+        if copies is None:
+            copies = tree is None and prune is None
+        how = {
+            "streams": with_streams,
+            "chooser": make_chooser(sampler, seed, coupled, logits_processors, tokens),
+            "steering": make_steering(seams, with_streams, copies, tree, placement, prune),
+            "copier": Copier(tokenizer, tokens.tolist()) if copies else None,
+            "guard": guard,
+            "record": record,
+        }
         source = _streamed(
             seams,
             tokens,
-            plan=make_plan(seams.streams.config, tree, placement, prune),
-            chooser=_chooser(sampler, seed, logits_processors, tokens),
+            how=how,
             max_tokens=NO_LIMIT if max_tokens == -1 else max_tokens,
             stop=tokenizer.eos_token_ids,
             prompt_cache=prompt_cache,
@@ -183,7 +212,7 @@ def stream_generate(
             draft_model,
             stream,
             max_tokens=max_tokens,
-            sampler=_seeded(sampler, seed),
+            sampler=seeded(sampler, seed),
             logits_processors=logits_processors,
             prompt_cache=prompt_cache,
             prefill_step_size=prefill_step_size,
@@ -271,8 +300,7 @@ def _streamed(
     seams: Seams,
     tokens: mx.array,
     *,
-    plan: Plan,
-    chooser: Greedy | Sampled,
+    how: dict,
     max_tokens: int,
     stop: Collection[int],
     prompt_cache: list | None,
@@ -285,7 +313,7 @@ def _streamed(
     stores = prompt_cache if prompt_cache is not None else make_prompt_cache(seams.model)
     begin = stores[0].offset
     sure, emitted = begin, 0  # K/V up to `sure` are of accepted tokens, whatever happens next
-    known = tokens.tolist()
+    known, decoder = tokens.tolist(), None
     try:
         progress(0, len(known))
         while sure - begin < len(known) - 1:
@@ -295,19 +323,16 @@ def _streamed(
             sure += count
             progress(sure - begin, len(known))
             mx.clear_cache()
-        root, guesses, passes = known[-1], None, 0
+        if stores[0].keys is None:  # a prompt of one token: let the model say how large its K/V are
+            seams.model(tokens[:1][None], cache=stores)
+            for store in stores:
+                store.trim(1)
+        decoder = Decoder(seams, stores, known[-1], **how)
+        passes = -1  # the first is the prompt's own
         while True:
-            result = step(
-                seams,
-                stores,
-                root=root,
-                guesses=guesses,
-                plan=plan,
-                chooser=chooser,
-                limit=max_tokens - emitted,
-                stop=stop,
-            )
-            sure = stores[0].offset
+            result = decoder.step(max_tokens - emitted, stop)
+            passes += 1
+            sure = decoder.buffers.offset
             if passes == 0:
                 progress(len(known), len(known))
             known += result.tokens
@@ -317,11 +342,12 @@ def _streamed(
                 emitted += 1
                 drafted = at < len(result.tokens) - 1
                 yield Emitted(token, logprobs, drafted, passes)
-            if result.guesses is None:
+            if result.ended:
                 return
-            root, guesses = result.tokens[-1], result.guesses
-            passes += 1
     finally:
+        if decoder is not None:
+            sure = decoder.buffers.offset
+            decoder.close()
         if prompt_cache is not None:
             fed = known[: tokens.size + emitted]
             _settle(seams, stores, fed, begin, sure, complete=sure - begin >= tokens.size - 1)
@@ -353,15 +379,3 @@ def _tokens(tokenizer: TokenizerWrapper, prompt) -> mx.array:
         except (TypeError, UnicodeError) as error:
             raise BadArgument(f"[prompt] must be valid Unicode text: {error}.") from None
     return mx.array(prompt, dtype=mx.int32)
-
-
-def _seeded(sampler, seed):
-    if is_greedy(sampler):
-        return sampler
-    return SeededSampler(sampler, fresh_seed() if seed is None else seed)
-
-
-def _chooser(sampler, seed, processors, tokens: mx.array) -> Greedy | Sampled:
-    if is_greedy(sampler) and not processors:
-        return Greedy()
-    return Sampled(_seeded(sampler, seed) or greedy_sampler, processors or [], tokens.tolist())

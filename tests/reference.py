@@ -131,11 +131,10 @@ class Reference:
 
     # --- one step ---
 
-    def draft(self, guesses, kind, size, depth):
+    def draft(self, guesses, kind, size):
         """Paths below the root, as tuples of tokens; guesses are log-probabilities [gamma, V]."""
-        if guesses is None or depth < 1:
+        if guesses is None:
             return []
-        guesses = guesses[: min(depth, self.gamma)]
         if kind == "best":  # every path there is, most probable first
             every = [
                 (sum(guesses[d][t] for d, t in enumerate(path)), path)
@@ -161,7 +160,7 @@ class Reference:
 
     def step(self, root, guesses, *, kind, size, limit, stop=(), keep=None, threshold=None):
         """Returns tokens, log-probabilities of the next streams [gamma, V], paths, kept paths."""
-        paths = [(), *self.draft(guesses, kind, size, limit - 1)]
+        paths = [(), *self.draft(guesses, kind, size)]
         embedding, start = self.w["model.embed_tokens.weight"], len(self.cache[0])
 
         def main_rows(paths, hidden):

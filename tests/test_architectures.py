@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from reference import assert_close
+from steps import decoder_for
 from tiny_models import (
     CONFIGS,
     VOCABULARY,
@@ -21,9 +22,6 @@ from tiny_models import (
 )
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.decode.choose import Greedy
-from mlx_specstream.decode.plan import make_plan
-from mlx_specstream.decode.step import step
 from mlx_specstream.errors import UnsupportedModel
 from mlx_specstream.model.cache import make_prompt_cache
 from mlx_specstream.model.checkpoint import compare, fingerprint
@@ -79,27 +77,17 @@ def check_tree(model, seams, tolerance=TOLERANCE, sees=None):
 
 def run_steps(seams, placement, count, prune=None):
     """Greedy steps from the prompt with full-vocabulary guesses; every step drafts 68 nodes."""
-    plan = make_plan(seams.streams.config, f"best:{VOCABULARY + 1}", placement)
-    stores = make_prompt_cache(seams.model)
-    seams.model(mx.array([PROMPT[:-1]]), cache=stores)
-    root, guesses, tokens, seen = PROMPT[-1], None, [], []
+    decoder = decoder_for(seams, PROMPT, f"best:{VOCABULARY + 1}", placement)
+    tokens, seen = [], []
     for _ in range(count):
-        result = step(
-            seams,
-            stores,
-            root=root,
-            guesses=guesses,
-            plan=plan,
-            chooser=Greedy(),
-            limit=100,
-            stop=(),
-        )
-        root, guesses = result.tokens[-1], result.guesses
-        tokens += result.tokens
-        by_token = np.empty_like(guesses.logprobs)
-        np.put_along_axis(by_token, guesses.tokens, guesses.logprobs, axis=-1)
+        tokens += decoder.step(100, ()).tokens
+    decoder.close()
+    for guesses in decoder.guessed[1:]:
+        logprobs = np.array(guesses.logprobs)
+        by_token = np.empty_like(logprobs)
+        np.put_along_axis(by_token, np.array(guesses.tokens), logprobs, axis=-1)
         seen.append(by_token)
-    return tokens, seen, stores
+    return tokens, seen, decoder.buffers.stores
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,7 @@ from tiny_models import attached, make_model, make_tokenizer
 from mlx_specstream import generate, make_prompt_cache, stream_generate
 from mlx_specstream.decode.prune import PruneRule
 from mlx_specstream.errors import BadArgument
-from mlx_specstream.model.cache import LayerContext
+from mlx_specstream.model.cache import RowStore
 from mlx_specstream.model.seams import attach
 
 PROMPT = [53, 56, 8, 26, 42, 33]  # its greedy answer goes on for long, without repeating itself
@@ -203,10 +203,10 @@ def test_cache_after_an_early_close(seams, tokenizer, count):
 
 
 @pytest.mark.parametrize("strike", [2, 9, 13, 20])
-@pytest.mark.parametrize("where", ["commit", "update_and_fetch"])
+@pytest.mark.parametrize("where", ["write", "update_and_fetch"])
 def test_cache_after_an_interrupt_inside_a_step(tokenizer, monkeypatch, where, strike):
     seams, calls = attached(), []
-    whole = getattr(LayerContext, where)
+    whole = getattr(RowStore, where)
 
     def interrupted(self, *args):
         calls.append(0)
@@ -214,7 +214,7 @@ def test_cache_after_an_interrupt_inside_a_step(tokenizer, monkeypatch, where, s
             raise KeyboardInterrupt
         return whole(self, *args)
 
-    monkeypatch.setattr(LayerContext, where, interrupted)
+    monkeypatch.setattr(RowStore, where, interrupted)
     cache, tokens = make_prompt_cache(seams.model), []
     answer = stream_generate(
         seams.model, tokenizer, PROMPT, max_tokens=99, prompt_cache=cache, tree=TREE

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from reference import assert_close
+from steps import decoder_for
 from tiny_models import attached, make_model, make_streams, make_tokenizer
 
+import mlx_specstream
 from mlx_specstream import stream_generate
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.decode.choose import Greedy, Sampled, SeededSampler
-from mlx_specstream.decode.plan import make_plan
-from mlx_specstream.decode.step import step
-from mlx_specstream.model.cache import make_prompt_cache
+from mlx_specstream.decode.choose import (
+    Drawn,
+    Greedy,
+    Opaque,
+    SeededSampler,
+    TemperatureSampler,
+)
+from mlx_specstream.decode.decoder import lazy_logprobs
 from mlx_specstream.model.seams import attach
 
 PROMPT = [53, 56, 8, 26, 42, 33]
@@ -26,6 +32,10 @@ SAMPLERS = {
     "top_k": {"temp": 1.3, "top_k": 5},
     "min_p": {"temp": 0.9, "min_p": 0.05},
     "xtc": {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05},
+}
+OURS = {
+    "ours temp": {"temp": 0.8},
+    "ours all": {"temp": 1.1, "top_p": 0.95, "min_p": 0.01, "top_k": 20},
 }
 
 
@@ -89,23 +99,21 @@ def exact_law(model, prompt, temperature):
     return first, joint.sum(axis=0), np.einsum("ab,abc->c", joint, third)
 
 
-def draw(seams, root, guesses, stores, plan, seed, temperature, wrong=None):
-    """Three tokens behind ``root`` by sampled steps from the same state; (tokens, passes)."""
-    begin = stores[0].offset
-    sampler = SeededSampler(make_sampler(temp=temperature), seed)
-    chooser = (wrong or Sampled)(sampler, [], [])
+def draw(seams, prompt, chooser):
+    """Three tokens behind a prompt: the first alone, the others with drafts; (tokens, passes)."""
+    decoder = decoder_for(seams, prompt, "best:18", "deferred", chooser=chooser)
     tokens, passes = [], 0
     while len(tokens) < 3:
-        result = step(
-            seams, stores, root=root, guesses=guesses, plan=plan, chooser=chooser,
-            limit=3 - len(tokens), stop=(),
-        )  # fmt: skip
-        tokens += result.tokens
-        root, guesses = result.tokens[-1], result.guesses
+        tokens += decoder.step(3 - len(tokens), ()).tokens
         passes += 1
-    for store in stores:
-        store.trim(store.offset - begin)
     return tokens, passes
+
+
+CHOOSERS = {
+    "opaque": lambda t, seed: Opaque(SeededSampler(make_sampler(temp=t), seed), [], []),
+    "coupled": lambda t, seed: Drawn(TemperatureSampler(t), seed),
+    "uncoupled": lambda t, seed: Drawn(TemperatureSampler(t), seed, coupled=False),
+}
 
 
 def chi_square(counts, law):
@@ -117,21 +125,12 @@ def chi_square(counts, law):
     return ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
 
 
-def statistics(seams, temperature, draws=DRAWS, wrong=None):
-    """Chi-square of the 2nd and 3rd token ahead, each with its critical value; passes per draw."""
+def statistics(seams, temperature, make, draws=DRAWS):
+    """Chi-square of the next three tokens, each with its degrees of freedom; passes per draw."""
     prompt = [3, 7, 1, 9]
-    plan = make_plan(seams.streams.config, "best:18", "deferred")
-    stores = make_prompt_cache(seams.model)
-    seams.model(mx.array([prompt[:-2]]), cache=stores)
-    greedy = Sampled(make_sampler(), [], [])
-    first = step(
-        seams, stores, root=prompt[-2], guesses=None, plan=plan, chooser=greedy, limit=9, stop=()
-    )  # fmt: skip
     counts, passes = np.zeros((3, VOCABULARY)), 0
     for seed in range(draws):
-        tokens, more = draw(
-            seams, prompt[-1], first.guesses, stores, plan, seed, temperature, wrong
-        )
+        tokens, more = draw(seams, prompt, make(temperature, seed))
         passes += more
         for place, token in enumerate(tokens):
             counts[place, token] += 1
@@ -140,9 +139,10 @@ def statistics(seams, temperature, draws=DRAWS, wrong=None):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_tokens_have_the_law_of_the_stock_model(toy, temperature):
-    found, passes = statistics(toy, temperature)
-    assert passes < 2.2, "drafts were hardly ever accepted, so nothing was tested"
+@pytest.mark.parametrize("chooser", CHOOSERS)
+def test_sampled_tokens_have_the_law_of_the_stock_model(toy, chooser, temperature):
+    found, passes = statistics(toy, temperature, CHOOSERS[chooser])
+    assert passes < 2.8, "drafts were hardly ever accepted, so nothing was tested"
     for place, (value, freedom) in enumerate(found, 1):
         assert freedom >= 4
         assert value < CRITICAL[10], (
@@ -150,30 +150,30 @@ def test_sampled_tokens_have_the_law_of_the_stock_model(toy, temperature):
         )
 
 
-class TakesDraft(Sampled):
-    """A wrong law: now and then the draft's token instead of a draw from the main stream."""
+class TakesDraft(Drawn):
+    """A wrong law: the drafts' own noise decides for the target too."""
 
-    def begin(self, logits, tree):
-        super().begin(logits, tree)
-        self.tree = tree
-
-    def token(self, node):
-        token = super().token(node)
-        children = np.flatnonzero(self.tree.parents == node)
-        return int(self.tree.tokens[children[0]]) if len(children) and token % 2 else token
+    def scores(self, logits, depth, place, deepest):
+        scores = super().scores(logits, depth, place, deepest)
+        return scores + 2.0 * (mx.arange(logits.shape[-1]) % 2 == 0)
 
 
 def test_the_chi_square_test_notices_a_wrong_law(toy):
-    found, _ = statistics(toy, 1.0, draws=300, wrong=TakesDraft)
+    wrong = lambda t, seed: TakesDraft(TemperatureSampler(t), seed)  # noqa: E731
+    found, _ = statistics(toy, 1.0, wrong, draws=300)
     assert all(value > CRITICAL[10] for value, _ in found)
 
 
 # --- seeds ---
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*SAMPLERS, *OURS])
 def test_same_seed_same_text_with_streams_on_and_off(seams, tokenizer, name):
-    sampler = make_sampler(**SAMPLERS[name])
+    sampler = (
+        make_sampler(**SAMPLERS[name])
+        if name in SAMPLERS
+        else mlx_specstream.make_sampler(**OURS[name])
+    )
     off, plain_passes = text(seams, tokenizer, False, sampler=sampler, seed=11)
     for placement in ("inline", "deferred"):
         on, passes = text(seams, tokenizer, sampler=sampler, seed=11, placement=placement)
@@ -235,12 +235,11 @@ def test_greedy_breaks_ties_of_rounding_as_mlx_lm_does():
     """In bf16 two different logits can have one log-probability; then the lower token wins."""
     logits = mx.full((1, 4000), 2.0, dtype=mx.bfloat16)
     logits[0, 7], logits[0, 3000] = 3.0, 3.015625
-    chooser = Greedy()
-    chooser.begin(logits, tree=None)
     logprobs = logits - mx.logsumexp(logits, keepdims=True)
     assert logprobs[0, 7].item() == logprobs[0, 3000].item()
-    assert chooser.token(0) == mx.argmax(logprobs, axis=-1).item() == 7
-    assert_close(chooser.logprobs(0), logprobs[0], 1e-6)
+    scores = Greedy().scores(logits, mx.array([0]), 0, 0)
+    assert mx.argmax(scores, axis=-1).item() == mx.argmax(logprobs, axis=-1).item() == 7
+    assert_close(lazy_logprobs(logits, 0), logprobs[0], 1e-6)
 
 
 def test_a_seeded_draw_depends_on_seed_and_place_alone():

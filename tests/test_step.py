@@ -1,18 +1,14 @@
 """Whole decode steps against the NumPy oracle: adapters, pruning, trees, both placements."""
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from reference import Reference, assert_close, numpy_weights
+from steps import decoder_for
 from tiny_models import make_model, make_streams
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.decode.choose import Greedy
-from mlx_specstream.decode.plan import make_plan
 from mlx_specstream.decode.prune import PruneRule
-from mlx_specstream.decode.step import step
-from mlx_specstream.model.cache import make_prompt_cache
 from mlx_specstream.model.seams import attach
 
 # Every size differs: layers 7, MSA layers 4, streams 3, heads 6, K/V heads 2, ...
@@ -57,41 +53,34 @@ def both(seed=0, **options):
 
 def check_steps(seams, reference, tree, placement, prune=None, steps=4, limits=None):
     """Steps of both sides, each with its own cache and its own guesses; returns tokens per step."""
-    plan = make_plan(seams.streams.config, tree, placement, prune)
-    stores = make_prompt_cache(seams.model)
-    seams.model(mx.array([PROMPT[:-1]]), cache=stores)
+    decoder = decoder_for(seams, PROMPT, tree, placement, prune)
+    stores = decoder.buffers.stores
     reference.prefill(PROMPT[:-1])
-    root, guesses, theirs, lengths = PROMPT[-1], None, None, []
+    root, theirs, lengths = PROMPT[-1], None, []
     kind, _, size = tree.partition(":")
     rule = {"keep": prune.keep, "threshold": prune.threshold} if prune else {}
     for number in range(steps):
         limit = limits[number] if limits else 50
-        result = step(
-            seams,
-            stores,
-            root=root,
-            guesses=guesses,
-            plan=plan,
-            chooser=Greedy(),
-            limit=limit,
-            stop=(),
-        )
+        result = decoder.step(limit, ())
+        guesses = decoder.guessed[number]
+        where = f"step {number}"
+        if number:
+            top = np.take_along_axis(theirs, np.array(guesses.tokens), axis=-1)
+            assert_close(guesses.logprobs, top, TOLERANCE, f"{where}, stream log-probabilities")
+            assert_close(top[:, 0], theirs.max(axis=1), 1e-6, f"{where}, the best guess")
         tokens, theirs, paths, kept = reference.step(
             root, theirs, kind=kind, size=int(size or 1), limit=limit, **rule
         )
-        where = f"step {number}"
         assert result.tokens == tokens, where
-        assert result.nodes == len(paths), where
+        assert decoder.nodes[number] == len(paths), where
         lengths.append((len(tokens), len(paths), len(kept)))
         for row, log_probs in enumerate(result.logprobs):
             assert_close(log_probs.max(), np.array(log_probs)[tokens[row]], 1e-6, where)
-        if result.guesses is None:
+        root = tokens[-1]
+        if result.ended:
             assert len(tokens) == limit
             break
-        top = np.take_along_axis(theirs, result.guesses.tokens, axis=-1)
-        assert_close(result.guesses.logprobs, top, TOLERANCE, f"{where}, stream log-probabilities")
-        assert_close(top[:, 0], theirs.max(axis=1), 1e-6, f"{where}, the best guess")
-        root, guesses = tokens[-1], result.guesses
+    decoder.close()
     for layer, (store, cached) in enumerate(zip(stores, reference.cache, strict=True)):
         assert store.offset == len(cached)
         for got, want in zip(store.keys_and_values(), zip(*cached, strict=True), strict=True):
@@ -164,31 +153,22 @@ def test_limit_inside_a_path():
 
 def test_nothing_is_chosen_after_a_stop_token():
     seams, _ = both()
-    plan = make_plan(seams.streams.config, "best:24", "deferred")
-    stores = make_prompt_cache(seams.model)
-    seams.model(mx.array([PROMPT[:-1]]), cache=stores)
-    first = run(seams, stores, plan, PROMPT[-1], None, ())
-    second = run(seams, stores, plan, first.tokens[-1], first.guesses, range(19))
+    decoder = decoder_for(seams, PROMPT, "best:24", "deferred")
+    decoder.step(50, ())
+    second = decoder.step(50, range(19))
     assert len(second.tokens) == 1
-    assert second.guesses is None
-    assert stores[0].offset == len(PROMPT) + 1
+    assert second.ended
+    decoder.close()
+    assert decoder.buffers.stores[0].offset == len(PROMPT) + 1
 
 
-def run(seams, stores, plan, root, guesses, stop):
-    return step(
-        seams, stores, root=root, guesses=guesses, plan=plan, chooser=Greedy(), limit=50, stop=stop
-    )  # fmt: skip
-
-
-def test_rows_of_an_inline_cartesian_pass():
+def test_rows_of_an_inline_cartesian_pass(monkeypatch):
     """(1 + gamma)(1 + sum k^g) rows (method 1.4)."""
     seams, _ = both(prune_rank=0)
     g, k = 3, 2
     seen = []
-    plan = make_plan(seams.streams.config, f"cartesian:{k}", "inline")
-    stores = make_prompt_cache(seams.model)
-    seams.model(mx.array([PROMPT[:-1]]), cache=stores)
-    first = run(seams, stores, plan, PROMPT[-1], None, ())
+    decoder = decoder_for(seams, PROMPT, f"cartesian:{k}", "inline")
+    decoder.step(50, ())
     forward = type(seams).forward
 
     def spy(self, run, *args, **kwargs):
@@ -196,11 +176,9 @@ def test_rows_of_an_inline_cartesian_pass():
         seen.append((run.rows.count, out.shape[1]))
         return out
 
-    type(seams).forward = spy
-    try:
-        run(seams, stores, plan, first.tokens[-1], first.guesses, ())
-    finally:
-        type(seams).forward = forward
+    monkeypatch.setattr(type(seams), "forward", spy)
+    decoder.step(50, ())
     nodes = 1 + sum(k**d for d in range(1, g + 1))
-    assert seen[0] == ((1 + g) * nodes, nodes)  # the head sees main rows only,
-    assert seen[1][1] == g  # and then the streams of the accepted node
+    # The streams of the accepted node go through the head; then a pass, whose head sees main rows only.
+    assert seen[0][1] == g
+    assert seen[1] == ((1 + g) * nodes, nodes)

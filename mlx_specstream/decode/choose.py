@@ -1,21 +1,75 @@
 """Which token the main stream says at a node: its argmax, or a draw that depends on (seed, place).
 
-Samplers and logits processors are mlx-lm's own objects. They are called once per generated token,
-in order and with the full history of the path, just as in plain decoding.
+Greedy choices and draws at a temperature are made for all nodes of a tree at once, in array code.
+Other samplers, and all logits processors, are mlx-lm's own objects or the caller's: opaque
+functions, called once per generated token, in order and with the full history of the path, just as
+in plain decoding.
+
+*Coupled drafts*: a draw is the argmax of log-probability / T plus Gumbel noise of (seed, place), so
+it is as good as known where the noise is. The drafts of a place are ranked with the noise that the
+target's draw there will use: where the two distributions agree, so do the choices. The law of the
+output does not change, since only the target's own draw decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import greedy_sampler
+from mlx_lm import sample_utils
 
-from .tree import Tree
+from .draft import Guesses, guesses_from
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+# How sure a draft is that an opaque sampler, called with the same noise, repeats itself.
+REPEATS = 0.6
+
+
+@dataclass(frozen=True)
+class TemperatureSampler:
+    """A sampler like that of ``mlx_lm.sample_utils.make_sampler``, whose parts can be looked at.
+
+    Args:
+        temp: temperature, > 0.
+        top_p, min_p, top_k: mlx-lm's filters, in mlx-lm's order; 0 is off.
+    """
+
+    temp: float
+    top_p: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+
+    def scores(self, logprobs: mx.array) -> mx.array:
+        """Filtered log-probabilities over the temperature; [..., V] -> [..., V]."""
+        if 0 < self.top_p < 1:
+            logprobs = sample_utils.apply_top_p(logprobs, self.top_p)
+        if self.min_p:
+            logprobs = sample_utils.apply_min_p(logprobs, self.min_p)
+        if self.top_k:
+            logprobs = sample_utils.apply_top_k(logprobs, self.top_k)
+        return logprobs * (1.0 / self.temp)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """logprobs [..., V] -> token [...]; draws from ``mx.random``.
+
+        ``mx.random.categorical`` has the same law, but does not say which noise it draws with.
+        """
+        return mx.argmax(self.scores(logprobs) + mx.random.gumbel(logprobs.shape), axis=-1)
+
+
+def make_sampler(
+    temp: float = 0.0, top_p: float = 0.0, min_p: float = 0.0, top_k: int = 0
+) -> Sampler:
+    """``mlx_lm.sample_utils.make_sampler`` in a form that lets drafts be coupled to the draws.
+
+    Any other sampler works too; then only the first guess of each stream is coupled.
+    """
+    if temp == 0:
+        return sample_utils.greedy_sampler
+    return TemperatureSampler(temp, top_p, min_p, top_k)
 
 
 class SeededSampler:
@@ -30,9 +84,13 @@ class SeededSampler:
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """logprobs [1, V] -> token [1]; each call is the next place."""
-        high, low = mx.random.state[0].tolist()
-        mx.random.seed(_mix(self.seed, self.place))
         self.place += 1
+        return self.draw(logprobs, self.place - 1)
+
+    def draw(self, logprobs: mx.array, place: int) -> mx.array:
+        """The token that this sampler says at ``place``, whatever was drawn before."""
+        high, low = mx.random.state[0].tolist()
+        mx.random.seed(_mix(self.seed, place))
         try:
             return self.sampler(logprobs)
         finally:
@@ -45,39 +103,78 @@ def fresh_seed() -> int:
 
 
 def is_greedy(sampler: Sampler | None) -> bool:
-    return sampler is None or sampler is greedy_sampler
+    return sampler is None or sampler is sample_utils.greedy_sampler
 
 
 class Greedy:
-    """The argmax of every node, read from the device at once."""
+    """The argmax at every node, without a host read; may run inside a compiled pass."""
 
-    def begin(self, logits: mx.array, tree: Tree) -> None:
-        self._logits = scores = logits
-        if logits.dtype != mx.float32:
-            # mlx-lm takes the argmax of log-probabilities: in 16 bits rounding makes ties of some.
-            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        self._tokens = np.array(mx.argmax(scores, axis=-1))
+    def scores(self, logits: mx.array, depth: mx.array, place: int, deepest: int) -> mx.array:
+        """What the argmax is taken of, [n, V]."""
+        if logits.dtype == mx.float32:
+            return logits
+        # mlx-lm takes the argmax of log-probabilities: in 16 bits rounding makes ties of some.
+        return logprobs_of(logits)
 
-    def token(self, node: int) -> int:
-        return int(self._tokens[node])
-
-    def logprobs(self, node: int) -> mx.array:
-        """Log-probabilities [V] at a node; lazy, so they cost only whoever reads them."""
-        logits = self._logits[node]
-        return logits - mx.logsumexp(logits)
+    def guesses(self, logits: mx.array, count: int, place: int, vocabulary=None) -> Guesses:
+        """The streams' guesses for the tokens number ``place``, ``place + 1``, ..; logits [g, V]."""
+        return guesses_from(logits, count, vocabulary)
 
 
-class Sampled:
-    """Processors and sampler at one node after the other.
+class Drawn:
+    """Draws at a temperature for all nodes at once.
 
     Args:
-        history: all tokens before the root of the first tree; grows by the tokens chosen.
+        coupled: rank drafts with the noise of the target's own draws.
+    """
+
+    def __init__(self, sampler: TemperatureSampler, seed: int, coupled: bool = True):
+        self.sampler, self.seed, self.coupled = sampler, seed, coupled
+        self._noise: dict[int, mx.array] = {}
+
+    def scores(self, logits: mx.array, depth: mx.array, place: int, deepest: int) -> mx.array:
+        """Perturbed scores [n, V] of nodes at depth [n], at most ``deepest``, below a root.
+
+        The choice at the root is the answer's token number ``place``.
+        """
+        noise = mx.concatenate(
+            [self.noise(place + d, logits.shape[-1]) for d in range(deepest + 1)]
+        )
+        return self.sampler.scores(logprobs_of(logits)) + noise[depth]
+
+    def guesses(self, logits: mx.array, count: int, place: int, vocabulary=None) -> Guesses:
+        if not self.coupled:
+            return guesses_from(logits, count, vocabulary)
+        rows = [self.noise(place + j, self._width) for j in range(logits.shape[0])]
+        noise = mx.concatenate(rows)
+        if vocabulary is not None:
+            noise = noise[:, vocabulary]
+        scores = self.sampler.scores(logprobs_of(logits)) + noise
+        return guesses_from(scores, count, vocabulary)
+
+    def noise(self, place: int, width: int) -> mx.array:
+        """The Gumbel noise that ``SeededSampler`` draws with at ``place``, float32 [1, V]."""
+        self._width = width
+        if place not in self._noise:
+            mixed = _mix(self.seed, place)
+            key = mx.array([mixed >> 32, mixed & 0xFFFFFFFF], dtype=mx.uint32)
+            self._noise[place] = mx.random.gumbel((1, width), key=mx.random.split(key)[1])
+            for old in [p for p in self._noise if p < place - 64]:
+                del self._noise[old]
+        return self._noise[place]
+
+
+class Opaque:
+    """Processors and sampler at one node after the other, on the host.
+
+    Args:
+        history: all tokens up to the root of the first tree; grows by the tokens chosen.
     """
 
     def __init__(self, sampler: Sampler, processors: list[LogitsProcessor], history: list[int]):
-        self.sampler, self.processors, self.history = sampler, processors, history
+        self.sampler, self.processors, self.history = sampler, processors, list(history)
 
-    def begin(self, logits: mx.array, tree: Tree) -> None:
+    def begin(self, logits: mx.array) -> None:
         self._logits, self._logprobs = logits, {}
 
     def token(self, node: int) -> int:
@@ -95,6 +192,35 @@ class Sampled:
     def logprobs(self, node: int) -> mx.array:
         """Log-probabilities [V] that the token at a node of the path was drawn from."""
         return self._logprobs[node]
+
+    def guesses(self, logits: mx.array, count: int, place: int, vocabulary=None) -> Guesses:
+        plain = guesses_from(logits, count, vocabulary)
+        if not isinstance(self.sampler, SeededSampler) or vocabulary is not None:
+            return plain
+        # The sampler's own word at each place, if the stream were the target, comes first.
+        rows = logprobs_of(logits)
+        first = [
+            self.sampler.draw(rows[j][None], place + j).astype(mx.int32)
+            for j in range(rows.shape[0])
+        ]
+        first = mx.stack([token.reshape(()) for token in first])[:, None]  # [g, 1]
+        behind = np.log1p(-REPEATS)
+        others = mx.where(plain.tokens == first, -mx.inf, plain.logprobs + behind)
+        order = mx.argsort(-others, axis=-1)[:, : count - 1]
+        tokens = mx.concatenate([first, mx.take_along_axis(plain.tokens, order, axis=-1)], axis=1)
+        logprobs = mx.concatenate(
+            [
+                mx.full(first.shape, float(np.log(REPEATS))),
+                mx.take_along_axis(others, order, axis=-1),
+            ],
+            axis=1,
+        )
+        return Guesses(tokens, logprobs)
+
+
+def logprobs_of(logits: mx.array) -> mx.array:
+    """[..., V] -> [..., V]"""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _mix(seed: int, place: int) -> int:

@@ -1,53 +1,189 @@
-"""draft: the guesses of the accepted node's streams become a token tree."""
+"""draft: the streams' guesses, and a text copied from the context, become one token tree.
+
+Array code without a host read. A node is the path of tokens that leads to it; best-first drafting
+scores every path that could be in the tree and keeps the likeliest. A copied text competes in the
+same tree: where it agrees with the guesses it raises their probability, where it does not it adds
+a branch of its own, which may be longer than there are streams.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .tree import Tree, TreeShape, best_first_tree, cartesian_tree, root_only
+from .tree import Tree, TreeShape
+
+LEAST = -20.0  # log-probability below which one guess is as good as another
+BLOCK = 32  # tokens of a block in the search for the likeliest
 
 
-@dataclass(frozen=True)
-class Guesses:
+class Guesses(NamedTuple):
     """The likeliest tokens of each stream, most probable first.
 
     Shapes: tokens int32 [g, K]; logprobs float32 [g, K].
     """
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
+    tokens: mx.array
+    logprobs: mx.array
 
 
-def guesses_from(logits: mx.array, count: int) -> Guesses:
-    """The ``count`` likeliest tokens of each stream; logits [g, V]. Reads from the device."""
-    logits = logits.astype(mx.float32)
-    top = mx.argpartition(logits, kth=-count, axis=-1)[:, -count:]
-    logprobs = mx.take_along_axis(logits, top, axis=-1) - mx.logsumexp(
-        logits, axis=-1, keepdims=True
-    )
-    mx.eval(top, logprobs)
-    top, logprobs = np.array(top), np.array(logprobs)
-    # Ties go to the lower token id, so that a draft does not depend on the partition's order.
-    order = np.lexsort((top, -logprobs), axis=-1)
-    return Guesses(
-        np.take_along_axis(top, order, axis=-1).astype(np.int32),
-        np.take_along_axis(logprobs, order, axis=-1),
-    )
+class CopiedText(NamedTuple):
+    """A copied continuation; slots behind its end hold token -1.
+
+    Shapes: tokens int32 [C]; logprobs float32 [2, C]: log P(right | those before are right), and
+    log(1 - P).
+    """
+
+    tokens: mx.array
+    logprobs: mx.array
 
 
-def draft(root: int, guesses: Guesses | None, shape: TreeShape, max_depth: int) -> Tree:
-    """A tree below ``root``; depth d holds guesses of stream d.
+def guesses_from(logits: mx.array, count: int, vocabulary: mx.array | None = None) -> Guesses:
+    """The ``count`` likeliest tokens of each stream; logits [g, V].
+
+    The probabilities are those among the blocks of tokens that hold the likeliest ones: without an
+    exponential of all V, which costs more than the search. They overstate a little, in the same
+    way every time; the planner's running calibration takes that out.
 
     Args:
-        guesses: None (nothing known yet) gives the root alone.
-        max_depth: deepest node wanted: a path cannot be longer than the tokens still asked for.
+        vocabulary: token ids of the columns, int32 [V], where the head gave only some (rows.py).
     """
-    if guesses is None or max_depth < 1:
-        return root_only(root)
-    tokens, logprobs = guesses.tokens[:max_depth], guesses.logprobs[:max_depth]
-    if shape.kind == "best":
-        return best_first_tree(root, tokens, logprobs, shape.size)
-    return cartesian_tree(root, tokens[:, : shape.size])
+    logits = logits.astype(mx.float32)
+    g, V = logits.shape
+    ids = None
+    if count < V // BLOCK:
+        if V % BLOCK:
+            logits = mx.pad(logits, [(0, 0), (0, -V % BLOCK)], constant_values=-mx.inf)
+        blocks = logits.reshape(g, -1, BLOCK)
+        best = mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :count]  # [g, count]
+        logits = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(g, -1)
+        ids = (best[:, :, None] * BLOCK + mx.arange(BLOCK)).reshape(g, -1)
+    top = mx.argsort(-logits, axis=-1)[:, :count]
+    tokens = top if ids is None else mx.take_along_axis(ids, top, axis=-1)
+    norm = mx.logsumexp(logits, axis=-1, keepdims=True)
+    logprobs = mx.take_along_axis(logits, top, axis=-1) - norm
+    if vocabulary is not None:
+        tokens = vocabulary[tokens]
+    return Guesses(tokens.astype(mx.int32), logprobs)
+
+
+def draft(
+    root: mx.array,
+    guesses: Guesses | None,
+    copied: CopiedText | None,
+    shape: TreeShape,
+    nodes: int | None = None,
+) -> Tree:
+    """A tree of ``nodes`` nodes below ``root`` (int32 scalar); depth d holds guesses of stream d.
+
+    Args:
+        guesses: None (nothing known yet) leaves the copied text alone.
+        nodes: how many; None: all that the shape names.
+    """
+    paths, logprobs, depth, is_copy = _candidates(guesses, copied, shape, mx)
+    if nodes is not None and nodes < len(depth):
+        # Ties go to the earlier one, and a parent always stands before its children.
+        order = mx.argsort(mx.arange(len(depth)) * 1e-5 - logprobs)
+        keep = mx.sort(order[:nodes])
+        paths, depth, is_copy = paths[keep], mx.array(depth)[keep], mx.array(is_copy)[keep]
+    else:
+        depth, is_copy = mx.array(depth), mx.array(is_copy)
+    return _tree(root, paths, depth, is_copy)
+
+
+def node_probabilities(
+    guesses: Guesses | None, copied: CopiedText | None, shape: TreeShape
+) -> np.ndarray:
+    """How likely each candidate node below the root is to be accepted, most likely first.
+
+    Args:
+        guesses, copied: NumPy arrays, on the host.
+
+    Returns:
+        float32 [S]
+    """
+    _, logprobs, depth, _ = _candidates(guesses, copied, shape, np)
+    return np.sort(np.exp(logprobs[depth > 0]))[::-1]
+
+
+def size_of(guesses: Guesses | None, copied: CopiedText | None, shape: TreeShape) -> int:
+    """How many candidate nodes there are at most, root included."""
+    below = 0 if guesses is None else len(shape.ranks(*guesses.tokens.shape)) - 1
+    return 1 + below + (0 if copied is None else copied.tokens.shape[0])
+
+
+def _candidates(guesses, copied, shape: TreeShape, xp):
+    """Every path that may be a node: paths [A, D] (-1 behind the end), log-probabilities [A].
+
+    ``xp`` is mlx.core or numpy. Also, always NumPy: depth int32 [A], copied bool [A].
+    """
+    C = 0 if copied is None else copied.tokens.shape[0]
+    nothing = np.full((1, 0), -1, np.int32)
+    ranks = nothing if guesses is None else shape.ranks(*guesses.tokens.shape)
+    S, g = ranks.shape
+    D = max(g, C)
+    depth = (ranks >= 0).sum(axis=1).astype(np.int32)
+    exists = xp.array(ranks >= 0)
+    if g:
+        column = np.arange(g) * guesses.tokens.shape[1]
+        at = xp.array(np.where(ranks >= 0, column + ranks, 0).astype(np.int32))
+        paths = xp.where(exists, guesses.tokens.reshape(-1)[at], -1)  # [S, g]
+        edges = xp.maximum(guesses.logprobs, LEAST).reshape(-1)[at]
+    else:
+        paths = edges = xp.zeros((S, 0))
+        paths = paths.astype(xp.int32)
+    if not C:
+        return paths, xp.where(exists, edges, 0.0).sum(axis=1), depth, np.zeros(S, bool)
+
+    both = min(g, C)
+    same = paths[:, :both] == copied.tokens[None, :both]
+    along = [xp.ones((S,), dtype=same.dtype)]  # the path is the copied text up to this depth
+    for d in range(both):
+        along.append(along[-1] & same[:, d])
+        p, other = copied.logprobs[0, d], copied.logprobs[1, d]
+        mixed = xp.where(same[:, d], xp.maximum(edges[:, d], p), edges[:, d] + other)
+        mixed = xp.where(along[d] & (copied.tokens[d] >= 0), mixed, edges[:, d])
+        edges = xp.concatenate([edges[:, :d], mixed[:, None], edges[:, d + 1 :]], axis=1)
+    logprobs = xp.where(exists, edges, 0.0).sum(axis=1)
+    # Which of the copied text's own nodes a candidate already stands for.
+    agreed = xp.zeros((S,), dtype=xp.int32)
+    for d in range(1, both + 1):
+        agreed = xp.where(along[d] & xp.array(depth == d), d, agreed)
+    own = np.arange(1, C + 1, dtype=np.int32)
+    score = xp.cumsum(xp.maximum(copied.logprobs[0], LEAST), axis=0)
+    dead = (xp.array(own) <= agreed.max()) | (copied.tokens < 0)
+    score = xp.where(dead, score + LEAST * (S + C), score)
+    tail = xp.where(xp.array(own[None] <= own[:, None]), copied.tokens[None], -1)  # [C, C]
+    paths = xp.concatenate([_widen(paths, D, xp), _widen(tail, D, xp)], axis=0)
+    logprobs = xp.concatenate([logprobs, score])
+    return paths, logprobs, np.concatenate([depth, own]), np.arange(S + C) >= S
+
+
+def _widen(paths, width: int, xp):
+    more = xp.full((paths.shape[0], width - paths.shape[1]), -1)
+    return xp.concatenate([paths, more.astype(paths.dtype)], axis=1) if more.size else paths
+
+
+def _tree(root: mx.array, paths: mx.array, depth: mx.array, is_copy: mx.array) -> Tree:
+    """Relations of the chosen paths [n, D], root first, parents before children."""
+    D = paths.shape[1]
+    if D == 0:
+        zero = mx.zeros((1,), mx.int32)
+        return Tree(root.reshape(1), zero, zero, mx.ones((1, 1), mx.bool_), is_copy)
+    level = mx.arange(D)
+    # k is an ancestor of i if its path is the beginning of i's.
+    same = (paths[:, None] == paths[None]) | (level >= depth[:, None])[None]  # [n, n, D]
+    ancestors = same.all(axis=-1) & (depth[None] <= depth[:, None])
+    above = ancestors & (depth[None] == depth[:, None] - 1)
+    last = mx.take_along_axis(paths, mx.maximum(depth - 1, 0)[:, None], axis=1)[:, 0]
+    tokens = mx.where(depth == 0, root, mx.maximum(last, 0))
+    parents = mx.argmax(above, axis=-1)
+    return Tree(
+        tokens.astype(mx.int32),
+        parents.astype(mx.int32),
+        depth.astype(mx.int32),
+        ancestors,
+        is_copy,
+    )

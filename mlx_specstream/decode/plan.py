@@ -1,25 +1,25 @@
-"""plan: which tree to draft and where the streams run."""
+"""plan: what the next pass looks like: a plan that the caller fixed, or the planner's choice."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-import mlx.core as mx
+import numpy as np
 
 from ..config import StreamConfig
 from ..errors import BadArgument
+from .draft import CopiedText, Guesses, node_probabilities, size_of
+from .planner import Planner
 from .prune import PruneRule
 from .tree import MAX_NODES, TreeShape
 
 PLACEMENTS = ("inline", "deferred")
-# Nodes of the default tree. CPU: the knee measured with OpenBLAS on two cores (docs/log.md). GPU: up to
-# about five rows of a pass are cheap on Apple chips in others' reports; not measured by us.
-GPU_NODES, CPU_NODES = 5, 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step drafts and verifies.
+    """How every step drafts and verifies.
 
     Args:
         tree: shape of the draft.
@@ -33,25 +33,131 @@ class Plan:
     prune: PruneRule | None = None
 
 
+@dataclass(frozen=True)
+class NextPass:
+    """One pass.
+
+    Args:
+        tree: which nodes there may be.
+        nodes: how many there are, the root included.
+        inline: streams ride along with them.
+        streams: streams are to draft the pass after it.
+        prune: early-exit pruning, or None.
+        probabilities: how likely each candidate node was thought to be accepted, descending.
+        from_streams: the draft came from streams (and copies, perhaps), not from copies alone.
+        copied: what the copied text's nodes alone promised.
+    """
+
+    tree: TreeShape
+    nodes: int
+    inline: bool
+    streams: bool
+    prune: PruneRule | None = None
+    probabilities: np.ndarray | None = None
+    from_streams: bool = False
+    copied: np.ndarray | None = None
+
+
+class Steering(Protocol):
+    """What a decoder asks between two passes."""
+
+    def candidates(self, vocabulary: int) -> int:
+        """How many guesses of each stream are wanted."""
+
+    def next_pass(self, guesses: Guesses | None, text: CopiedText | None, context: int) -> NextPass:
+        """The pass that verifies this draft; with neither, the root alone."""
+
+    def observe(self, plan: NextPass, context: int, accepted: int) -> None:
+        """How many drafted tokens a pass accepted."""
+
+
+class Fixed:
+    """Every pass as the caller's plan says.
+
+    Args:
+        plan: the plan; its streams run behind every pass.
+        streams: False for a model without streams.
+    """
+
+    def __init__(self, plan: Plan, streams: bool = True):
+        self.plan, self.streams = plan, streams
+
+    def candidates(self, vocabulary: int) -> int:
+        return self.plan.tree.candidates(vocabulary)
+
+    def next_pass(self, guesses, text, context: int) -> NextPass:
+        tree = self.plan.tree
+        nodes = size_of(guesses, text, tree)
+        if tree.kind == "best":
+            nodes = min(nodes, tree.size)
+        inline = self.plan.placement == "inline" and self.streams
+        return NextPass(tree, nodes, inline, self.streams, self.plan.prune)
+
+    def observe(self, plan: NextPass, context: int, accepted: int) -> None:
+        pass
+
+
+class Planned:
+    """Every pass as the planner thinks best: best-first trees of changing size, or none.
+
+    Args:
+        planner: knows the costs and learns how good drafts are.
+    """
+
+    def __init__(self, planner: Planner):
+        self.planner = planner
+
+    def candidates(self, vocabulary: int) -> int:
+        return min(max(self.planner.sizes) - 1, vocabulary)
+
+    def next_pass(self, guesses, text, context: int) -> NextPass:
+        largest = TreeShape("best", max(self.planner.sizes))
+        probabilities = copied = None
+        if guesses is not None or text is not None:
+            guesses = None if guesses is None else Guesses(*map(np.array, guesses))
+            text = None if text is None else CopiedText(*map(np.array, text))
+            probabilities = node_probabilities(guesses, text, largest)
+            if text is not None:
+                copied = np.exp(np.cumsum(text.logprobs[0]))[text.tokens >= 0]
+        choice = self.planner.choose(probabilities, context, from_streams=guesses is not None)
+        nodes = min(choice.nodes, size_of(guesses, text, largest))
+        return NextPass(
+            TreeShape("best", max(2, nodes)),
+            nodes,
+            choice.placement == "inline" and choice.streams,
+            choice.streams,
+            probabilities=probabilities,
+            from_streams=guesses is not None,
+            copied=copied,
+        )
+
+    def observe(self, plan: NextPass, context: int, accepted: int) -> None:
+        self.planner.observe(
+            context=context,
+            nodes=plan.nodes,
+            probabilities=plan.probabilities,
+            accepted=accepted,
+            from_streams=plan.from_streams,
+            streams=plan.streams,
+            copied=plan.copied,
+        )
+
+
 def make_plan(
     config: StreamConfig,
-    tree: str | None = None,
+    tree: str,
     placement: str | None = None,
     prune: PruneRule | None = None,
 ) -> Plan:
-    """The plan a caller asked for, the rest chosen for this device.
+    """The plan a caller asked for.
 
     Raises:
         BadArgument: an unknown tree or placement, or one that these streams cannot do.
     """
-    if tree is None:
-        gpu = mx.default_device() == mx.gpu
-        tree = f"best:{GPU_NODES if gpu else CPU_NODES}"
-    if placement is None:
-        placement = "inline" if config.main_sees_streams else "deferred"
+    placement = placement or placements(config)[0]
     if placement not in PLACEMENTS:
         raise BadArgument(f"[placement] must be one of {', '.join(PLACEMENTS)}; got '{placement}'.")
-    if config.main_sees_streams and placement == "deferred":
+    if placement not in placements(config):
         raise BadArgument(
             "[placement] 'deferred' needs streams that the main stream does not see; these were "
             "trained with main_sees_streams, use 'inline'."
@@ -69,3 +175,8 @@ def make_plan(
             f"{MAX_NODES}; use a smaller one."
         )
     return Plan(shape, placement, prune)
+
+
+def placements(config: StreamConfig) -> tuple[str, ...]:
+    """Where the streams of ``config`` may run, the cheaper one on most machines first."""
+    return ("inline",) if config.main_sees_streams else ("deferred", "inline")

@@ -18,6 +18,8 @@ class PruneRule:
     Args:
         keep: this many nodes, the most probable by product along the path (fixed shapes).
         threshold: a sub-tree goes when P(child | parent) of its top node is below this (0..1).
+            How many stay depends on the text, so such passes wait for the host and are not
+            compiled.
     """
 
     keep: int | None = None
@@ -32,23 +34,21 @@ class PruneRule:
             raise BadArgument(f"[prune] 'threshold' must lie in 0..1, got {self.threshold}.")
 
 
-def edge_logprobs(tree: Tree, logits: mx.array) -> np.ndarray:
+def edge_logprobs(tree: Tree, logits: mx.array) -> mx.array:
     """log P(node | parent) by the early exit; logits [n, V] at the cut -> float32 [n] (root: 0)."""
-    if tree.size == 1:
-        return np.zeros(1, np.float32)
-    parents, tokens = mx.array(tree.parents[1:]), mx.array(tree.tokens[1:])
     logits = logits.astype(mx.float32)
     norm = mx.logsumexp(logits, axis=-1)
-    scores = logits[parents, tokens] - norm[parents]
-    return np.concatenate([np.zeros(1, np.float32), np.array(scores)])
+    scores = logits[tree.parents, tree.tokens] - norm[tree.parents]
+    return mx.where(tree.depth == 0, 0.0, scores)
 
 
-def nodes_to_keep(tree: Tree, logprobs: np.ndarray, rule: PruneRule) -> np.ndarray:
-    """Indices of the nodes that stay, ascending; with every node its parent, always the root."""
-    along = np.where(tree.ancestors, logprobs[None], 0.0)
+def nodes_to_keep(tree: Tree, logprobs: mx.array, rule: PruneRule) -> mx.array:
+    """Indices of the nodes that stay, int32 [m] ascending; with a node its parent, always the root."""
+    along = mx.where(tree.ancestors, logprobs[None], 0.0)
     if rule.threshold is not None:
         with np.errstate(divide="ignore"):
-            return np.flatnonzero(along.min(axis=1) >= np.log(rule.threshold))
+            stays = np.array(along.min(axis=1)) >= np.log(rule.threshold)
+        return mx.array(np.flatnonzero(stays).astype(np.int32))
     # A path's probability never grows with depth, and equal ones keep the parent first.
-    order = np.lexsort((np.arange(tree.size), -along.sum(axis=1)))
-    return np.sort(order[: rule.keep])
+    order = mx.argsort(mx.arange(tree.size) * 1e-5 - mx.maximum(along.sum(axis=1), -100.0))
+    return mx.sort(order[: rule.keep]).astype(mx.int32)

@@ -1,115 +1,195 @@
-"""One step of Speculative Streaming: draft -> pass -> verify -> commit -> streams."""
+"""One step of Speculative Streaming in array code: draft -> pass -> verify, then commit -> streams.
+
+Nothing here waits for the device (a threshold of pruning is the exception), so that a step can be
+compiled and the next one queued. ``decoder.py`` runs these two halves and does what is left for
+the host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
+from ..model.cache import RowStore
 from ..model.rows import Rows, tree_rows
 from ..model.seams import Pass, Seams
-from .choose import Greedy, Sampled
-from .draft import Guesses, draft, guesses_from
-from .plan import Plan
-from .prune import edge_logprobs, nodes_to_keep
+from .choose import Greedy
+from .draft import CopiedText, Guesses, draft
+from .prune import PruneRule, edge_logprobs, nodes_to_keep
+from .tree import Tree, TreeShape
 from .verify import Accepted, accept
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step decided.
+class PassShape:
+    """What is fixed while a pass is traced.
 
     Args:
-        tokens: the chosen tokens; the last one is the new root and has no K/V yet.
-        logprobs: log-probabilities [V] that each token was chosen from (lazy).
-        guesses: the streams' guesses below the new root; None at the end of the text.
-        nodes: how many nodes were drafted (rows of the lower layers).
+        nodes: rows of the tree.
+        tree: which nodes there may be.
+        inline: streams ride along with every kept node.
+        prune: early-exit pruning, or None.
+        depth: the deepest node there can be.
+        lengths: per layer how many keys a row may look at.
+        greedy: the choice is made within the pass.
+        guard: smallest gap of two logits that is no near-tie; 0: none is.
     """
 
-    tokens: list[int]
-    logprobs: list[mx.array]
-    guesses: Guesses | None
     nodes: int
+    tree: TreeShape
+    inline: bool
+    prune: PruneRule | None
+    depth: int
+    lengths: tuple[int, ...]
+    greedy: bool
+    guard: float = 0.0
 
 
-def step(
-    seams: Seams,
-    stores: list,
-    *,
-    root: int,
-    guesses: Guesses | None,
-    plan: Plan,
-    chooser: Greedy | Sampled,
-    limit: int,
-    stop: Collection[int],
-) -> StepResult:
-    """Verify a draft below ``root`` and begin the next one. Batch size 1.
+@dataclass
+class Verified:
+    """What a pass leaves on the device.
 
     Args:
-        stores: one mlx-lm ``KVCache`` per layer; holds everything before ``root``.
-        guesses: what the streams said about the tokens after ``root``.
-        chooser: names the main stream's token at a node.
-        limit: how many more tokens are wanted (>= 1).
-        stop: end-of-sequence tokens.
+        tree: the nodes that were verified (after pruning) [m].
+        logits: of the main stream at them [m, V].
+        hidden: M^{N-Ns} of the kept nodes [1, m, E], or inline the last states of their streams
+            [1, g * m, E].
+        kept: their indices among the nodes of the lower layers, int32 [m].
+        fresh: per layer the K/V [1, K, n or m, D] of this pass.
+        accepted: the outcome, where the choice was made within the pass.
     """
-    tree = draft(root, guesses, plan.tree, max_depth=limit - 1)
-    inline = plan.placement == "inline"
-    kept = np.arange(tree.size)
+
+    tree: Tree
+    logits: mx.array
+    hidden: mx.array
+    kept: mx.array
+    fresh: list[tuple[mx.array, mx.array]]
+    accepted: Accepted | None
+
+
+def verify_pass(
+    seams: Seams,
+    shape: PassShape,
+    root: mx.array,
+    offset: mx.array,
+    bases: list,
+    guesses: Guesses | None,
+    copied: CopiedText | None,
+    keys: list[mx.array],
+    values: list[mx.array],
+) -> Verified:
+    """Draft a tree below ``root``, run it through the model, accept what the main stream says.
+
+    Args:
+        root: the last known token, int32 []; offset: its position, int32 [].
+        bases: per layer the position of key 0.
+        keys, values: per layer the K/V buffers [1, K, capacity, D]; replaced in these lists.
+    """
+    tree = draft(root, guesses, copied, shape.tree, shape.nodes)
+    kept = mx.arange(tree.size, dtype=mx.int32)
+    main = tree
 
     def at_cut(hidden: mx.array, rows: Rows) -> tuple[mx.array, Rows]:
-        nonlocal kept
-        if plan.prune is not None:
+        nonlocal kept, main
+        if shape.prune is not None:
             exit_logits = seams.head(seams.streams.exit_hidden(hidden))[0]
-            kept = nodes_to_keep(tree, edge_logprobs(tree, exit_logits), plan.prune)
-            hidden, rows = hidden[:, mx.array(kept)], rows.take(mx.array(kept))
+            kept = nodes_to_keep(tree, edge_logprobs(tree, exit_logits), shape.prune)
+            hidden, rows, main = hidden[:, kept], rows.take(kept), tree.take(kept)
         run.cut_hidden = hidden
-        return seams.add_streams(hidden, rows) if inline else (hidden, rows)
+        return seams.add_streams(hidden, rows) if shape.inline else (hidden, rows)
 
-    start = stores[0].offset
-    run = Pass(tree_rows(start, tree.depth, tree.ancestors), at_cut=at_cut, takes_main=True)
-    logits = seams.forward(run, mx.array(tree.tokens)[None], stores)[0]  # [m, V]
+    stores = _stores(offset, bases, shape.lengths, keys, values)
+    rows = tree_rows(offset, tree.depth, tree.ancestors)
+    run = Pass(rows, at_cut=at_cut, takes_main=True)
+    logits = seams.forward(run, tree.tokens[None], stores)[0]  # [m, V]
+    m = main.size
+    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+    return Verified(
+        main,
+        logits,
+        run.last_hidden[:, m:] if shape.inline else run.cut_hidden,
+        kept,
+        [
+            (context.fresh[0][:, :, :m], context.fresh[1][:, :, :m])
+            if index >= seams.cut
+            else context.fresh
+            for index, context in enumerate(run.contexts)
+        ],
+        judge(main, Greedy().scores(logits, main.depth, 0, 0), shape) if shape.greedy else None,
+    )
 
-    verified = tree.take(kept)
-    chooser.begin(logits, verified)
-    accepted = accept(verified, chooser.token, limit=limit, stop=stop)
-    logprobs = [chooser.logprobs(node) for node in accepted.path]
-    _commit(seams, run, accepted, kept)
 
-    ended = len(accepted.tokens) == limit or accepted.tokens[-1] in stop
-    guesses = None
-    if not ended:
-        count = plan.tree.candidates(seams.vocabulary_size)
-        last = accepted.path[-1]
-        hidden = (
-            _inline_streams(run, last)
-            if inline
-            else _deferred_streams(seams, run.cut_hidden[:, last : last + 1], stores)
+def judge(tree: Tree, scores: mx.array, shape: PassShape) -> Accepted:
+    """Accept the nodes that hold the argmax of ``scores`` [m, V] at their parents."""
+    chosen = mx.argmax(scores, axis=-1).astype(mx.int32)
+    sure = None
+    if shape.guard:
+        best = mx.take_along_axis(scores, chosen[:, None], axis=-1)
+        others = mx.put_along_axis(
+            scores, chosen[:, None], mx.array(-mx.inf, scores.dtype), axis=-1
         )
-        guesses = guesses_from(seams.head(hidden)[0], count)
-    return StepResult(accepted.tokens, logprobs, guesses, tree.size)
+        sure = (best[:, 0] - others.max(axis=-1)) >= shape.guard
+    return accept(tree, chosen, shape.depth, sure)
 
 
-def _commit(seams: Seams, run: Pass, accepted: Accepted, kept: np.ndarray) -> None:
-    """Keep the K/V of the accepted path: lower layers hold all nodes, MSA layers the kept ones."""
-    lower = [int(kept[node]) for node in accepted.path]
-    for index, context in enumerate(run.contexts):
-        context.commit(accepted.path if index >= seams.cut else lower)
+def commit(
+    verified: Verified, cut: int, path: mx.array, offset: mx.array, bases: list, keys, values
+) -> None:
+    """Put the K/V of the accepted path where the tree began, in the buffers of ``keys``, ``values``.
 
+    The rows come from the pass's own small arrays: a buffer that is read and written in one go
+    would be copied whole.
 
-def _inline_streams(run: Pass, node: int) -> mx.array:
-    """The last hidden states of a node's streams, from the pass just made [1, g, E]."""
-    m = run.rows.main
-    return run.last_hidden[:, m + node :: m]  # rows lie stream-major behind the m main rows
-
-
-def _deferred_streams(seams: Seams, host: mx.array, stores: list) -> mx.array:
-    """Run the streams of the last committed node alone; host M^{N-Ns} [1, 1, E] -> [1, g, E].
-
-    They are an ordinary causal chunk behind the accepted node, and leave no K/V behind.
+    Args:
+        cut: the first MSA layer; lower layers hold all nodes of the tree, the others the kept ones.
+        path: accepted nodes (of the kept ones), the root repeated behind their end, int32 [D + 1].
+        offset: position of the root, int32 [].
     """
-    run = seams.run_streams(host, mx.array([[stores[-1].offset - 1]]), stores)
-    for context in run.contexts[seams.cut :]:
-        context.drop()
-    return run.last_hidden
+    lower = verified.kept[path]
+    stores = _stores(offset, bases, [0] * len(keys), keys, values)
+    for layer, (store, (k, v)) in enumerate(zip(stores, verified.fresh, strict=True)):
+        rows = path if layer >= cut else lower
+        store.write(k[:, :, rows], v[:, :, rows])
+    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+
+
+def stream_logits(
+    seams: Seams,
+    shape: PassShape,
+    hidden: mx.array,
+    node: mx.array,
+    offset: mx.array,
+    bases: list,
+    keys: list[mx.array],
+    values: list[mx.array],
+) -> mx.array:
+    """What the streams of the accepted node say, [g, V] (or the draft vocabulary's columns).
+
+    Inline they were part of the pass. Deferred they run alone through the MSA layers, an ordinary
+    causal chunk behind the accepted node that leaves no K/V behind.
+
+    Args:
+        hidden: of ``Verified``.
+        node: the accepted node, index into the kept ones, int32 [].
+        offset: position of the next root, one behind the accepted node, int32 [].
+    """
+    g = seams.streams.config.num_streams
+    if shape.inline:
+        last = hidden.reshape(g, hidden.shape[1] // g, -1)[:, node][None]
+    else:
+        stores = _stores(offset, bases, shape.lengths, keys, values)
+        host = mx.take(hidden, node.reshape(1), axis=1)
+        run = seams.run_streams(host, (offset - 1).reshape(1, 1), stores)
+        keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+        last = run.last_hidden
+    return seams.draft_head(last)[0]
+
+
+def _stores(offset: mx.array, bases: list, lengths, keys: list, values: list) -> list[RowStore]:
+    """One store per layer; layers with one base share the array that says where rows go."""
+    at = {id(base): offset - base for base in bases}
+    return [
+        RowStore(k, v, at[id(base)], base, length)
+        for k, v, base, length in zip(keys, values, bases, lengths, strict=True)
+    ]

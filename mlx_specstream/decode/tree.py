@@ -1,11 +1,12 @@
-"""Token trees: the candidate continuations that one pass verifies. Plain NumPy, no model."""
+"""Token trees: the candidate continuations that one pass verifies, and the shapes they may have."""
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from ..errors import BadArgument
@@ -60,92 +61,85 @@ class TreeShape:
         most = {"chain": 1, "cartesian": self.size, "best": max(1, self.size - 1)}[self.kind]
         return min(most, vocabulary)
 
+    def ranks(self, depth: int, candidates: int) -> np.ndarray:
+        """Every node that a tree of this shape may hold, as ranks of its tokens, int32 [S, depth].
 
-@dataclass(frozen=True)
-class Tree:
-    """Nodes in an order in which parents come first; node 0 is the root, the last known token.
+        Row 0 is the root; a node of depth d names one rank for each of its first d columns, -1
+        behind them. Parents come before children and a lower rank before a higher one.
+        """
+        return _ranks(self, depth, self.candidates(candidates))
 
-    Shapes: tokens int32 [n]; parents int32 [n] (-1 for the root); depth int32 [n].
+
+@cache
+def _ranks(shape: TreeShape, depth: int, candidates: int) -> np.ndarray:
+    found: list[tuple[int, ...]] = [()]
+    most = shape.size - 1 if shape.kind == "best" else MAX_NODES
+
+    def extend(path: tuple[int, ...], above: int, before: int) -> None:
+        # A best-first tree holds a node only with all nodes that are at least as probable whatever
+        # the probabilities: `before` of them up to this depth, `above` at this depth alone.
+        if len(path) == depth:
+            return
+        for rank in range(candidates):
+            level = above * (rank + 1)
+            if shape.kind == "best" and before + level > most:
+                break
+            found.append((*path, rank))
+            extend(found[-1], level, before + level)
+
+    extend((), 1, 0)
+    rows = np.full((len(found), depth), -1, np.int32)
+    for row, path in zip(rows, found, strict=True):
+        row[: len(path)] = path
+    return rows
+
+
+class Tree(NamedTuple):
+    """A token tree on the device; node 0 is the root, the last known token.
+
+    Shapes: tokens, parents (the root's is itself), depth: int32 [n]; ancestors[i, k]: k is i or an
+    ancestor of i, bool [n, n]; copied: the node was copied from the text, bool [n].
     """
 
-    tokens: np.ndarray
-    parents: np.ndarray
-    depth: np.ndarray
+    tokens: mx.array
+    parents: mx.array
+    depth: mx.array
+    ancestors: mx.array
+    copied: mx.array
 
     @property
     def size(self) -> int:
-        return len(self.tokens)
+        return self.tokens.shape[0]
 
-    @cached_property
-    def ancestors(self) -> np.ndarray:
-        """ancestors[i, k]: k is i or an ancestor of i, bool [n, n]."""
-        seen = np.eye(self.size, dtype=bool)
-        for node in range(1, self.size):
-            seen[node] |= seen[self.parents[node]]
-        return seen
+    def take(self, keep: mx.array) -> Tree:
+        """The sub-tree of the nodes in ``keep`` (int32 [m], ascending; with every node its parent)."""
+        place = mx.zeros((self.size,), mx.int32)
+        place = mx.put_along_axis(place, keep, mx.arange(keep.size, dtype=mx.int32), axis=0)
+        return Tree(
+            self.tokens[keep],
+            place[self.parents[keep]],
+            self.depth[keep],
+            self.ancestors[keep][:, keep],
+            self.copied[keep],
+        )
+
+
+@dataclass(frozen=True)
+class HostTree:
+    """The same on the host, for samplers that are opaque functions. int32 [n] each."""
+
+    tokens: np.ndarray
+    parents: np.ndarray
+
+    @classmethod
+    def of(cls, tree: Tree) -> HostTree:
+        return cls(np.array(tree.tokens), np.array(tree.parents))
 
     @cached_property
     def _children(self) -> dict[tuple[int, int], int]:
-        return {(int(self.parents[i]), int(self.tokens[i])): i for i in range(1, self.size)}
+        nodes = range(1, len(self.tokens))
+        return {(int(self.parents[i]), int(self.tokens[i])): i for i in reversed(nodes)}
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that holds ``token``."""
         return self._children.get((node, token))
-
-    def take(self, keep: np.ndarray) -> Tree:
-        """The sub-tree of the nodes in ``keep`` (ascending; with every node its parent)."""
-        new = np.full(self.size + 1, -1)  # the extra place maps parent -1 to -1
-        new[keep] = np.arange(len(keep))
-        return Tree(self.tokens[keep], new[self.parents[keep]].astype(np.int32), self.depth[keep])
-
-
-def root_only(token: int) -> Tree:
-    return Tree(np.array([token], np.int32), np.array([-1], np.int32), np.array([0], np.int32))
-
-
-def cartesian_tree(root: int, tokens: np.ndarray) -> Tree:
-    """Every depth-d node has the same children: row d of ``tokens`` [depth, K] (method 1.4)."""
-    out, parents, depth = [root], [-1], [0]
-    level = [0]
-    for d, row in enumerate(tokens, 1):
-        below = []
-        for parent in level:
-            for token in row:
-                below.append(len(out))
-                out.append(int(token))
-                parents.append(parent)
-                depth.append(d)
-        level = below
-    return _tree(out, parents, depth)
-
-
-def best_first_tree(root: int, tokens: np.ndarray, logprobs: np.ndarray, nodes: int) -> Tree:
-    """The ``nodes`` most probable nodes by product of probabilities along the path.
-
-    Args:
-        tokens, logprobs: candidates of each depth, most probable first, [depth, K].
-    """
-    out, parents, depth = [root], [-1], [0]
-    deepest, K = tokens.shape
-    heap: list[tuple[float, int, int, int, float]] = []  # (-score, tie, parent, rank, parent score)
-
-    def offer(parent: int, rank: int, above: float) -> None:
-        d = depth[parent]
-        if d < deepest and rank < K:
-            score = above + float(logprobs[d, rank])
-            heapq.heappush(heap, (-score, len(out) * K + rank, parent, rank, above))
-
-    offer(0, 0, 0.0)
-    while heap and len(out) < nodes:
-        score, _, parent, rank, above = heapq.heappop(heap)
-        node = len(out)
-        out.append(int(tokens[depth[parent], rank]))
-        parents.append(parent)
-        depth.append(depth[parent] + 1)
-        offer(node, 0, -score)
-        offer(parent, rank + 1, above)
-    return _tree(out, parents, depth)
-
-
-def _tree(tokens, parents, depth) -> Tree:
-    return Tree(*(np.array(x, np.int32) for x in (tokens, parents, depth)))

@@ -11,10 +11,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
-from ..decode.draft import Guesses, draft, guesses_from
-from ..decode.tree import TreeShape
-from ..decode.verify import accept
+from ..decode.draft import Guesses, draft, guesses_from, size_of
+from ..decode.tree import HostTree, TreeShape
+from ..decode.verify import descend
 from ..model.seams import Seams
 from ..train.loss import base_pass, stream_hidden
 
@@ -39,7 +40,7 @@ class Replay:
 
 
 def guesses_along(seams: Seams, prompt: list[int], answer: list[int], count: int) -> list[Guesses]:
-    """What the streams guess at each host row, the last prompt token first.
+    """What the streams guess at each host row, the last prompt token first (NumPy arrays).
 
     Entry i belongs to the host that predicts answer[i]; its stream j predicts answer[i + j].
     """
@@ -48,8 +49,11 @@ def guesses_along(seams: Seams, prompt: list[int], answer: list[int], count: int
     hosts = mx.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))[None]
     hidden = stream_hidden(seams, cut_hidden, stores, hosts)
     g, n = seams.streams.config.num_streams, len(answer)
-    flat = guesses_from(seams.head(hidden)[0], min(count, seams.vocabulary_size))
-    return [Guesses(flat.tokens[i::n][:g], flat.logprobs[i::n][:g]) for i in range(n)]
+    flat = guesses_from(
+        seams.draft_head(hidden)[0], min(count, seams.vocabulary_size), seams.draft_vocabulary
+    )
+    tokens, logprobs = np.array(flat.tokens), np.array(flat.logprobs)
+    return [Guesses(tokens[i::n][:g], logprobs[i::n][:g]) for i in range(n)]
 
 
 def replay(
@@ -67,17 +71,21 @@ def replay(
     """
     done, accepted, nodes = 1, [], []  # the first token comes from the prompt's own pass
     while done < min(len(answer), max_tokens) and answer[done - 1] not in stop:
-        tree = draft(answer[done - 1], guesses[done - 1], shape, max_depth=max_tokens - done - 1)
-        said = answer[done:]
-        outcome = accept(
-            tree,
-            lambda node, tree=tree, said=said: said[tree.depth[node]],
-            limit=max_tokens - done,
+        here = Guesses(*(mx.array(a) for a in guesses[done - 1]))
+        size = size_of(here, None, shape)
+        tree = draft(
+            mx.array(answer[done - 1]), here, None, shape, min(size, shape.nodes(len(here.tokens)))
+        )
+        depth, said = np.array(tree.depth), answer[done:]
+        _, tokens = descend(
+            HostTree.of(tree),
+            lambda node, depth=depth, said=said: said[depth[node]],
+            limit=min(max_tokens, len(answer)) - done,
             stop=stop,
         )
-        accepted.append(len(outcome.tokens) - 1)
+        accepted.append(len(tokens) - 1)
         nodes.append(tree.size)
-        done += len(outcome.tokens)
+        done += len(tokens)
     return Replay(done, accepted, nodes)
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from ..errors import BadArgument
+from .window import WindowedKVCache, window_of
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,9 @@ class LayerContext:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         return MaskRequest(window_size)
 
-    def commit(self, path: list[int]) -> None:
-        """Keep the K/V of the rows in ``path`` (indices into this pass's rows), drop all others."""
-        keys, values = self.fresh
-        self.store.trim(keys.shape[2])
-        if path == list(range(len(path))):  # they lie where they belong
-            self.store.offset += len(path)
-        elif path:
-            at = mx.array(path)
-            self.store.update_and_fetch(keys[:, :, at], values[:, :, at])
-
     def drop(self) -> None:
-        """Drop the K/V of this pass (streams are never stored)."""
-        self.commit([])
+        """Take this pass's K/V out of the store again."""
+        self.store.trim(self.fresh[0].shape[2])
 
 
 class NoStore:
@@ -70,6 +61,36 @@ class NoStore:
 
     def update_and_fetch(self, keys, values):
         return keys, values
+
+
+class RowStore:
+    """One layer's K/V buffer inside a traced pass: written first, then read up to a fixed length.
+
+    In this order the buffer has no reader when it is written, so MLX writes in place; nothing is
+    copied, however large the buffer is. ``at`` is an array, so one trace serves all offsets.
+
+    Args:
+        keys, values: [B, K, capacity, D]; ``at + rows`` must not exceed the capacity (a write
+            outside it would corrupt memory, so the place is clamped).
+        at: index of the first row to write, int32 []; the rows before it are the prefix.
+        base: position of key 0 (more than 0 once a sliding window has slid), int32 [] or int.
+        length: how many keys a row may look at; static, at least ``at`` + rows.
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array, at: mx.array, base, length: int):
+        self.keys, self.values = keys, values
+        self.at, self.base, self.length = at, base, length
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """Put rows [B, K, R, D] at ``at``."""
+        most = self.keys.shape[2] - keys.shape[2]
+        at = mx.clip(self.at, 0, most).reshape(1)
+        self.keys = mx.slice_update(self.keys, keys.astype(self.keys.dtype), at, axes=(2,))
+        self.values = mx.slice_update(self.values, values.astype(self.values.dtype), at, axes=(2,))
+
+    def update_and_fetch(self, keys, values):
+        self.write(keys, values)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class FixedPrefix:
@@ -86,21 +107,96 @@ class FixedPrefix:
         )
 
 
-def make_prompt_cache(model) -> list[KVCache]:
-    """A prompt cache for ``generate``: one growing ``KVCache`` per layer.
+# True bounds the K/V of sliding-window layers. The decoding loop must read ``base`` first: it takes
+# key i of a store for the one at position i.
+WINDOWED = False
 
-    Sliding-window layers get one too (the window is in the mask): a rotating buffer cannot take
-    back the rows of a rejected draft.
+
+def make_prompt_cache(model) -> list[KVCache]:
+    """A prompt cache for ``generate``: one ``KVCache`` per layer, which can take back rows.
+
+    Sliding-window layers get a full one too (the window is in the mask), or with ``WINDOWED`` one
+    that drops what nobody can see any more.
     """
-    return [KVCache() for _ in model.layers]
+    if not WINDOWED:
+        return [KVCache() for _ in model.layers]
+    return [WindowedKVCache(window) if window else KVCache() for window in window_of(model)]
 
 
 def check_prompt_cache(cache: list, model) -> None:
     """Raise BadArgument if ``cache`` cannot hold a tree and drop parts of it again."""
-    kinds = sorted({type(c).__name__ for c in cache})
-    if len(cache) != len(model.layers) or any(type(c) is not KVCache for c in cache):
+    windows = window_of(model) if WINDOWED else [None] * len(model.layers)
+    fits = len(cache) == len(windows) and all(
+        type(c) is KVCache or (type(c) is WindowedKVCache and c.window == window)
+        for c, window in zip(cache, windows, strict=True)
+    )
+    if not fits:
+        kinds = sorted({type(c).__name__ for c in cache})
         raise BadArgument(
-            f"[prompt_cache] streams need one KVCache per layer ({len(model.layers)}), got "
+            f"[prompt_cache] streams need one KVCache per layer ({len(windows)}), got "
             f"{len(cache)} of {', '.join(kinds)}; make it with "
             "mlx_specstream.make_prompt_cache(model) or pass use_streams=False."
         )
+
+
+class Buffers:
+    """The K/V arrays of a prompt cache while a device-resident loop writes to them.
+
+    MLX writes in place only into an array that nobody else holds, so the arrays are taken out of
+    the caches, handed from pass to pass, and given back at the end.
+
+    Attributes:
+        keys, values: per layer [B, K, capacity, D].
+        offset: position after the last row that is sure.
+        bases: the different positions of key 0 (0 until a sliding window has slid), int32 [] each.
+        base_of: per layer the index of its base.
+    """
+
+    def __init__(self, stores: list[KVCache]):
+        self.stores = stores
+        self.offset = stores[0].offset
+        self._take()
+
+    def _take(self) -> None:
+        self.keys = [store.keys for store in self.stores]
+        self.values = [store.values for store in self.stores]
+        for store in self.stores:
+            store.keys = store.values = None
+        found = [getattr(store, "base", 0) for store in self.stores]
+        distinct = sorted(set(found))
+        self.bases = [mx.array(base, dtype=mx.int32) for base in distinct]
+        self.base_of = tuple(distinct.index(base) for base in found)
+
+    def give_back(self) -> None:
+        """Hand the arrays to the caches again, with every row that is sure."""
+        for store, k, v in zip(self.stores, self.keys, self.values, strict=True):
+            store.keys, store.values, store.offset = k, v, self.offset
+        self.keys = self.values = None
+
+    def make_room(self, rows: int, round_up) -> tuple[int, ...]:
+        """See to it that ``rows`` more rows fit; how many keys each layer's rows should look at.
+
+        Args:
+            round_up: the number of keys in the bucket of a length.
+        """
+        found = [getattr(store, "base", 0) for store in self.stores]
+        needed = [self.offset - base + rows for base in found]
+        if any(n > k.shape[2] for n, k in zip(needed, self.keys, strict=True)):
+            self.give_back()
+            for store in self.stores:
+                if hasattr(store, "make_room"):
+                    store.make_room(rows)
+                else:
+                    _grow(store, rows)
+            self._take()
+            return self.make_room(rows, round_up)
+        return tuple(min(round_up(n), k.shape[2]) for n, k in zip(needed, self.keys, strict=True))
+
+
+def _grow(store: KVCache, rows: int) -> None:
+    """Lengthen a cache's arrays as mlx-lm does, by whole steps."""
+    more = store.offset + rows - store.keys.shape[2]
+    if more > 0:
+        more = -(-more // store.step) * store.step
+        widths = [(0, 0), (0, 0), (0, more), (0, 0)]
+        store.keys, store.values = mx.pad(store.keys, widths), mx.pad(store.values, widths)

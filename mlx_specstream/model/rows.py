@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,26 @@ class Rows:
         sees = mx.broadcast_to(sees, (batch, *sees.shape[1:]))
         return mx.concatenate([seen, sees], axis=-1)[:, None]  # [B, 1, R, T + R]
 
+    def mask_in_place(self, at: mx.array, base, length: int, window: int | None) -> mx.array:
+        """The mask where these rows lie among their own keys, bool [B or 1, 1, R, length].
+
+        Args:
+            at: index of the first of these rows' keys, int32 []; all keys before it are the prefix,
+                those behind the rows are of no one.
+            base: position of key 0.
+            length: how many keys there are.
+            window: as in ``mask``.
+        """
+        where = mx.arange(length)
+        seen = mx.broadcast_to((where < at)[None, None], (1, self.count, length))
+        sees = self.sees
+        if window is not None:
+            here = self.positions[:, :, None]
+            seen = seen & (here < base + where[None, None] + window)
+            sees = sees & (here < self.positions[:, None, :] + window)
+        at = mx.clip(at, 0, length - self.count).reshape(1)
+        return mx.slice_update(seen, sees, at, axes=(2,))[:, None]
+
 
 def causal_rows(start: int, length: int) -> Rows:
     """``length`` ordinary tokens at positions start, start + 1, ..."""
@@ -81,17 +100,19 @@ def causal_rows(start: int, length: int) -> Rows:
     )
 
 
-def tree_rows(start: int, depth: np.ndarray, ancestors: np.ndarray) -> Rows:
+def tree_rows(start: int | mx.array, depth: mx.array, ancestors: mx.array) -> Rows:
     """The nodes of a token tree whose root sits at position ``start``.
 
     Args:
-        depth: depth of each node, int [n]; the root has 0.
+        start: int or int32 [].
+        depth: depth of each node, int32 [n]; the root has 0.
         ancestors: ancestors[i, k] is True if k is i or an ancestor of i, bool [n, n].
     """
+    depth, ancestors = mx.array(depth), mx.array(ancestors)
     return Rows(
-        positions=mx.array(start + depth, dtype=mx.int32)[None],
-        sees=mx.array(ancestors)[None],
-        main=len(depth),
+        positions=(start + depth).astype(mx.int32)[None],
+        sees=ancestors[None],
+        main=depth.size,
     )
 
 

@@ -20,23 +20,16 @@ from functools import cache, wraps
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import rope_utils
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from ..config import StreamConfig
 from ..errors import BadArgument
-from .cache import LayerContext, MaskRequest, NoStore
+from .cache import LayerContext, MaskRequest, NoStore, RowStore
 from .projections import Projection, embedding_of, projections_of, weight_shape
+from .rope import ROPES, has_table, rope_rows, rope_table, signature, turn
 from .rows import Rows, causal_rows, stream_rows, with_streams
 from .streams import Streams
-
-ROPES = (
-    nn.RoPE,
-    rope_utils.Llama3RoPE,
-    rope_utils.YarnRoPE,
-    rope_utils.SuScaledRoPE,
-    rope_utils.ProportionalRoPE,
-)
 
 
 @dataclass
@@ -65,13 +58,34 @@ class Pass:
     last_hidden: mx.array | None = None
     contexts: list[LayerContext] = field(default_factory=list)
     expert_rows: Callable[[bool], mx.array] | None = None
-    _masks: dict = field(default_factory=dict)
+    _made: dict = field(default_factory=dict)
 
-    def mask(self, request: MaskRequest, prefix: int) -> mx.array:
-        key = id(self.rows), request.window, prefix
-        if key not in self._masks:
-            self._masks[key] = self.rows, self.rows.mask(prefix, request.window)
-        return self._masks[key][1]
+    def mask(self, request: MaskRequest, store) -> mx.array:
+        rows, window = self.rows, request.window
+        if isinstance(store, RowStore):
+            key = id(rows), window, id(store.at), store.length
+            make = lambda: rows.mask_in_place(store.at, store.base, store.length, window)  # noqa: E731
+        else:
+            key = id(rows), window, store.offset
+            make = lambda: rows.mask(store.offset, window)  # noqa: E731
+        return self._once(key, make, store)
+
+    def _once(self, key, make, *alive):
+        """``make()``, once a pass; ``alive`` keeps the objects whose ids are in the key."""
+        if key not in self._made:
+            self._made[key] = make(), self.rows, alive
+        return self._made[key][0]
+
+    def turn(self, rope: nn.Module, stock, x: mx.array) -> mx.array:
+        """x [B, H, R, D] turned by ``rope`` at these rows' positions."""
+        if not has_table(rope, x):
+            return rope_rows(stock, x, self.rows.positions)
+        kind = rope.dims, rope.traditional
+        table = self._once(
+            ("rope", rope._seam_signature, id(self.rows)),
+            lambda: rope_table(stock, *kind, self.rows.positions),
+        )
+        return turn(x, table, *kind)
 
     def stream_values(self, values: mx.array) -> mx.array:
         if self.streams is None or self.rows.stream_of is None:
@@ -106,6 +120,8 @@ class Seams:
         self.model = model
         self.num_layers = len(model.layers)
         self.running: Pass | None = None
+        self.kept: dict = {}  # what one answer leaves for the next: compiled passes, statistics
+        self.draft_vocabulary: mx.array | None = None
         self._stock: list[tuple[nn.Module, type]] = []
         self.streams = streams
         self.vocabulary_size = weight_shape(embedding_of(model))[0]
@@ -115,7 +131,7 @@ class Seams:
             self._swap(layer, _LayerGate, index=index)
             for _, module in layer.named_modules():
                 if isinstance(module, ROPES):
-                    self._swap(module, _RopeSeam)
+                    self._swap(module, _RopeSeam, signature=signature(module))
             if index >= self.cut and streams.config.lora_rank:
                 self._gate_projections(layer, index - self.cut)
 
@@ -149,6 +165,11 @@ class Seams:
         self._stock.clear()
         return self.model
 
+    def arrays(self) -> list[mx.array]:
+        """Every parameter of model and streams, as they are now."""
+        both = [self.model.parameters(), self.streams.parameters() if self.streams else {}]
+        return [array for _, array in tree_flatten(both)]
+
     def forward(self, run: Pass, tokens: mx.array | None = None, stores: list | None = None):
         """Run the stock model under ``run``. Returns logits of the rows in ``run.take`` [B, r, V].
 
@@ -171,6 +192,10 @@ class Seams:
         """Norm and head of the stock model on chosen rows. hidden [B, r, E] -> logits [B, r, V]."""
         rows = causal_rows(0, hidden.shape[1])
         return self.forward(Pass(rows, first=self.num_layers, enters=hidden))
+
+    def draft_head(self, hidden: mx.array) -> mx.array:
+        """Norm and head for drafts, over the draft vocabulary if the streams have one."""
+        return self.head(hidden)
 
     def add_streams(self, hidden: mx.array, rows: Rows) -> tuple[mx.array, Rows]:
         """Begin the streams beside every main row (an ``at_cut`` for inline passes)."""
@@ -289,7 +314,7 @@ class _LayerGate:
                 run.cut_hidden = x
                 if run.at_cut is not None:
                     x, run.rows = run.at_cut(x, run.rows)
-            x = super().__call__(x, run.mask(mask, cache.store.offset), cache, *args, **kwargs)
+            x = super().__call__(x, run.mask(mask, cache.store), cache, *args, **kwargs)
         if last:
             if run.first == seams.num_layers:
                 x = run.enters
@@ -304,12 +329,8 @@ class _RopeSeam:
     def __call__(self, x, offset=0, *args, **kwargs):
         if not (isinstance(offset, mx.array) and offset.ndim == 2):
             return super().__call__(x, offset, *args, **kwargs)
-        # mx.fast.rope takes one offset per batch entry, so each row becomes one.
-        B, H, R, D = x.shape
-        positions = mx.broadcast_to(offset, (B, R)).reshape(-1)
-        rows = x.transpose(0, 2, 1, 3).reshape(B * R, H, 1, D)
-        rows = super().__call__(rows, positions, *args, **kwargs)
-        return rows.reshape(B, R, H, D).transpose(0, 2, 1, 3)
+        stock = super().__call__
+        return self._seams.running.turn(self, stock, x)
 
 
 class _ProjectionSeam:

@@ -1,0 +1,81 @@
+"""What the options of ``generate`` mean to a decoder: who chooses tokens, who plans passes."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.sample_utils import greedy_sampler
+
+from ..errors import BadArgument
+from ..model.seams import Seams, attach
+from ..model.support import check_supported
+from .choose import (
+    Drawn,
+    Greedy,
+    Opaque,
+    SeededSampler,
+    TemperatureSampler,
+    fresh_seed,
+    is_greedy,
+)
+from .costs_here import costs_for
+from .plan import Fixed, Plan, Planned, Steering, make_plan, placements
+from .planner import Planner
+from .prune import PruneRule
+from .tree import TreeShape
+
+
+def seeded(sampler, seed):
+    if is_greedy(sampler):
+        return sampler
+    return SeededSampler(sampler, fresh_seed() if seed is None else seed)
+
+
+def make_chooser(sampler, seed, coupled, processors, tokens: mx.array) -> Greedy | Drawn | Opaque:
+    if is_greedy(sampler) and not processors:
+        return Greedy()
+    if isinstance(sampler, TemperatureSampler) and not processors:
+        return Drawn(sampler, fresh_seed() if seed is None else seed, coupled)
+    return Opaque(seeded(sampler, seed) or greedy_sampler, processors or [], tokens.tolist())
+
+
+def make_steering(
+    seams: Seams,
+    with_streams: bool,
+    copies: bool,
+    tree: str | None,
+    placement: str | None,
+    prune: PruneRule | None,
+) -> Steering:
+    """The caller's plan, or the planner of this model, which remembers from answer to answer."""
+    config = seams.streams.config if with_streams else None
+    if not with_streams:
+        if placement is not None or prune is not None:
+            name = "placement" if placement is not None else "prune"
+            raise BadArgument(f"[{name}] needs streams; load some, or do not set it.")
+        if tree is not None:
+            return Fixed(Plan(TreeShape.parse(tree), "deferred"), streams=False)
+    elif tree is not None or prune is not None:
+        return Fixed(make_plan(config, tree or "best:8", placement, prune))
+    legal = ()
+    if config is not None:
+        legal = (
+            (make_plan(config, "chain", placement).placement,) if placement else placements(config)
+        )
+    key = "planner", legal, copies
+    if key not in seams.kept:
+        seams.kept[key] = Planner(
+            costs_for(seams),
+            placements=legal or ("deferred",),
+            streams=config.num_streams if config else 0,
+            copies=copies,
+        )
+    return Planned(seams.kept[key])
+
+
+def seams_for_copies(model: nn.Module, seams: Seams | None) -> Seams:
+    """Copied drafts need tree decoding alone: the seams without streams."""
+    if seams is None:
+        check_supported(model)
+        seams = attach(model)
+    return seams

@@ -1,0 +1,392 @@
+"""The decode loop around ``step.py``: what is left for the host, between two passes.
+
+One turn of the loop::
+
+    pass in flight ──> read its report ──> streams (queued) ──> plan ──> next pass (queued)
+                                                └ copied drafts are looked up meanwhile
+
+The next pass is on its way before the caller gets the tokens of the one before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.buffers import Buffers
+from ..model.seams import Seams
+from .buckets import Buckets, round_up
+from .choose import Drawn, Greedy, Opaque, logprobs_of
+from .draft import CopiedText, Guesses
+from .plan import NextPass, Steering
+from .record import PassRecord, Record
+from .step import PassShape, Verified, commit, judge, stream_logits, verify_pass
+from .tree import HostTree, Tree
+from .verify import Accepted, descend
+
+if TYPE_CHECKING:
+    from .copy import Copied, Copier
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a pass decided.
+
+    Args:
+        tokens: the chosen tokens; the last one is the new root and has no K/V yet. Empty if the
+            pass only found that a near-tie needs a pass of one row.
+        logprobs: log-probabilities [V] that each token was chosen from (lazy).
+        ended: an end-of-sequence token or the limit was reached.
+    """
+
+    tokens: list[int]
+    logprobs: list[mx.array]
+    ended: bool
+
+
+@dataclass
+class _Flight:
+    """A pass that was queued."""
+
+    shape: PassShape
+    plan: NextPass
+    place: int
+    verified: Verified
+    copied: Copied | None
+    seconds: float
+
+
+class Decoder:
+    """Decodes one sequence, pass by pass.
+
+    Args:
+        seams: the model; its streams may be None (copied drafts need none).
+        stores: its prompt cache, which holds everything before ``root``; in use until ``close``.
+        root: the last token of the prompt.
+        chooser: names the main stream's tokens.
+        steering: says what the next pass looks like.
+        streams: use the model's streams.
+        copier: finds copied drafts, or None.
+        guard: a gap of two logits below this is a near-tie, whose choice is left to a pass of one
+            row; 0: no guard.
+        record: filled with what happened, or None.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        stores: list,
+        root: int,
+        chooser: Greedy | Drawn | Opaque,
+        steering: Steering,
+        streams: bool = True,
+        copier: Copier | None = None,
+        guard: float = 0.0,
+        record: Record | None = None,
+    ):
+        self.seams, self.chooser, self.steering = seams, chooser, steering
+        self.copier, self.guard, self.record = copier, guard, record
+        self.config = seams.streams.config if streams else None
+        self.buffers = Buffers(stores)
+        self.buckets: Buckets = seams.kept.setdefault("buckets", Buckets())
+        self.buckets.check_weights(seams.arrays())
+        self.place = 0  # number of the token that the root's pass will choose
+        self.recheck = False
+        self._root = mx.array(root, dtype=mx.int32)
+        self._offset = mx.array(self.buffers.offset, dtype=mx.int32)
+        self._guesses: Guesses | None = None
+        self._flight: _Flight | None = None
+        self._behind: tuple[_Flight, Accepted, int] | None = None
+        self._runs_ahead = mx.default_device().type == mx.DeviceType.cpu
+
+    # --- one turn ---
+
+    def step(self, limit: int, stop: Collection[int]) -> StepResult:
+        """The outcome of the pass in flight; queues the next one before it returns.
+
+        Args:
+            limit: how many more tokens are wanted (>= 1).
+            stop: end-of-sequence tokens.
+        """
+        if self._flight is None:
+            self._prepare()
+        first = self.place == 0
+        result = self._read(limit, stop)
+        # The first token of an answer is not kept waiting for the first trace of a bucket.
+        if not result.ended and not first:
+            self._prepare()
+        return result
+
+    def close(self) -> None:
+        """Give the K/V back to the prompt cache: every token before the root."""
+        if self.buffers.keys is not None:
+            self.buffers.give_back()
+
+    def _prepare(self) -> None:
+        """Run the streams behind the last pass, plan, queue the next pass."""
+        tic = time.perf_counter()
+        self._guesses = self._streams()
+        copied = self.copier.propose() if self.copier and not self.recheck else None
+        if self._splits or not self._runs_ahead:
+            # On a GPU a buffer whose reader is still queued would be copied when it is written.
+            mx.eval(self._guesses or [], self.buffers.keys)
+        self._launch(copied, time.perf_counter() - tic)
+
+    def _streams(self) -> Guesses | None:
+        """Commit the last pass; what its streams guess, if they were to run."""
+        if self._behind is None:
+            return None
+        flight, accepted, path = self._behind
+        self._behind = None
+        wanted = flight.plan.streams and not self.recheck and self.config is not None
+        logits = self._redraft(flight, accepted, path, wanted)
+        if logits is None:
+            return None
+        K = self.steering.candidates(self.seams.vocabulary_size)
+        guesses = self.chooser.guesses(logits, K, self.place, self.seams.draft_vocabulary)
+        mx.async_eval(guesses)
+        return guesses
+
+    @property
+    def _splits(self) -> bool:
+        return self.record is not None and self.record.split
+
+    # --- draft and pass ---
+
+    def _launch(self, copied: Copied | None, streams_s: float) -> None:
+        tic = time.perf_counter()
+        guesses, text = self._guesses, None
+        if copied is not None and copied.tokens:
+            text = copied_text(copied, self.copier.longest)
+        plan = self.steering.next_pass(guesses, text, self.buffers.offset)
+        if plan.nodes == 1:
+            guesses = text = copied = None
+        shape = self._shape(plan, guesses, text)
+        verified = self._verify(shape, guesses, text)
+        self._streams_s, self._draft_s = streams_s, time.perf_counter() - tic
+        if self._splits:
+            mx.eval(verified.logits)
+        self._flight = _Flight(shape, plan, self.place, verified, copied, time.perf_counter() - tic)
+
+    def _shape(self, plan: NextPass, guesses, text) -> PassShape:
+        inline = plan.inline and self.config is not None
+        deepest = max(
+            0 if guesses is None else guesses.tokens.shape[0],
+            0 if text is None else text.tokens.shape[0],
+        )
+        depth = min(plan.nodes - 1, deepest)
+        g = self.config.num_streams if self.config else 0
+        room = max(plan.nodes * (1 + g if inline else 1), depth + 1 + g)
+        return PassShape(
+            nodes=plan.nodes,
+            tree=plan.tree,
+            inline=inline,
+            prune=plan.prune,
+            depth=depth,
+            lengths=self.buffers.make_room(room, round_up),
+            greedy=isinstance(self.chooser, Greedy),
+            guard=self.guard if plan.nodes > 1 else 0.0,
+        )
+
+    def _verify(self, shape: PassShape, guesses, text) -> Verified:
+        seams, buffers, base_of = self.seams, self.buffers, self.buffers.base_of
+
+        def make():
+            def run(root, offset, bases, guesses, text, keys, values):
+                keys, values = list(keys), list(values)
+                verified = verify_pass(
+                    seams,
+                    shape,
+                    root,
+                    offset,
+                    [bases[i] for i in base_of],
+                    Guesses(*guesses) if guesses else None,
+                    CopiedText(*text) if text else None,
+                    keys,
+                    values,
+                )
+                accepted = list(verified.accepted) if verified.accepted else []
+                return [
+                    list(verified.tree), verified.logits, verified.hidden, verified.kept,
+                    [list(pair) for pair in verified.fresh], accepted, keys, values,
+                ]  # fmt: skip
+
+            return run
+
+        threshold = shape.prune is not None and shape.prune.threshold is not None
+        key = "pass", shape, base_of, guesses is not None, text is not None
+        cold = self.place == 0 and key not in self.buckets
+        run = make() if cold or threshold else self.buckets.get(key, make)
+        tree, logits, hidden, kept, fresh, accepted, keys, values = run(
+            self._root, self._offset, buffers.bases, list(guesses or []), list(text or []),
+            buffers.keys, buffers.values,
+        )  # fmt: skip
+        buffers.keys, buffers.values = keys, values
+        verified = Verified(
+            Tree(*tree), logits, hidden, kept, [tuple(pair) for pair in fresh],
+            Accepted(*accepted) if accepted else None,
+        )  # fmt: skip
+        mx.async_eval(accepted[2] if accepted else logits, keys, values)
+        return verified
+
+    # --- verify ---
+
+    def _read(self, limit: int, stop: Collection[int]) -> StepResult:
+        flight, verified = self._flight, self._flight.verified
+        tic = time.perf_counter()
+        tie = False
+        if isinstance(self.chooser, Opaque):
+            self.chooser.begin(verified.logits)
+            tree = HostTree.of(verified.tree)
+            path, tokens = descend(tree, self.chooser.token, limit=limit, stop=stop)
+            logprobs = [self.chooser.logprobs(node) for node in path]
+            padded = np.zeros(flight.shape.depth + 1, np.int32)
+            padded[: len(path)] = path
+            accepted = Accepted(mx.array(padded), mx.array(len(path), dtype=mx.int32), None)
+        else:
+            accepted = verified.accepted
+            if accepted is None:
+                scores = self.chooser.scores(
+                    verified.logits, verified.tree.depth, flight.place, flight.shape.depth
+                )
+                accepted = judge(verified.tree, scores, flight.shape)
+            count, tie, *rest = np.array(accepted.report).tolist()
+            path, tokens = rest[:count], rest[flight.shape.depth + 1 :][:count]
+            if tie:
+                path, tokens = path[:-1], tokens[:-1]
+            ends = next((i for i, t in enumerate(tokens, 1) if t in stop), limit)
+            if len(tokens) >= ends:
+                path, tokens, tie = path[:ends], tokens[:ends], False
+            logits = verified.logits
+            logprobs = [lazy_logprobs(logits, node) for node in path]
+        waited = time.perf_counter() - tic
+        ended = bool(tokens) and (len(tokens) == limit or tokens[-1] in stop)
+        self._after(flight, accepted, path, tokens, bool(tie), ended, waited)
+        return StepResult(tokens, logprobs, ended)
+
+    def _after(self, flight, accepted, path, tokens, tie, ended, waited) -> None:
+        """What the host keeps of a pass."""
+        self._flight = None
+        self.recheck = tie
+        self.place += len(tokens)
+        if tokens:
+            self._root = mx.array(tokens[-1], dtype=mx.int32)
+        if self.copier is not None:
+            self.copier.extend(tokens)
+            if flight.copied is not None and flight.copied.tokens:
+                self._credit(flight, tokens)
+        right = len(path) - 1 + tie if path else 0
+        if flight.place:  # the prompt's own pass drafts nothing
+            self.steering.observe(flight.plan, self.buffers.offset, max(right, 0))
+        if self.record is not None and flight.place:
+            self._note(flight, path, tie, waited)
+        if ended:
+            self._redraft(flight, accepted, path, False)
+        elif path:
+            self._behind = flight, accepted, path
+        else:  # the root itself is a near-tie: nothing of this pass stays
+            self._behind = self._guesses = None
+
+    def _credit(self, flight: _Flight, chosen: list[int]) -> None:
+        """Tell the copier how far its text was right, as far as the tree can have held it."""
+        tried = min(len(flight.copied.tokens), flight.plan.nodes - 1)
+        right = 0
+        for copy, token in zip(flight.copied.tokens[:tried], chosen, strict=False):
+            if copy != token:
+                break
+            right += 1
+        self.copier.observe(flight.copied, right, min(tried, len(chosen)))
+
+    def _note(self, flight, path, tie, waited) -> None:
+        copied = np.array(flight.verified.tree.copied)[path].sum() if path else 0
+        self.record.passes.append(
+            PassRecord(
+                nodes=flight.plan.nodes,
+                accepted=max(len(path) - 1, 0),
+                copied=int(copied),
+                streams=flight.plan.streams,
+                base_s=waited if not self._splits else flight.seconds,
+                streams_s=self._streams_s,
+                draft_s=self._draft_s,
+                host_s=0.0 if not self._splits else waited,
+                recheck=tie,
+            )
+        )
+
+    # --- commit and streams ---
+
+    def _redraft(self, flight: _Flight, accepted: Accepted, path: list[int], streams: bool):
+        """Commit the accepted path and, if wanted, run the streams of its last node.
+
+        Returns:
+            Their logits [g, V], or None.
+        """
+        seams, buffers, shape = self.seams, self.buffers, flight.shape
+        count = len(path)
+        in_place = path == list(range(count)) and shape.prune is None
+        base_of = buffers.base_of
+        if in_place and not streams:
+            self._advance(count)
+            return None
+        cut = seams.cut
+
+        def make():
+            def run(path, count, offset, bases, hidden, kept, fresh, keys, values):
+                keys, values = list(keys), list(values)
+                bases = [bases[i] for i in base_of]
+                if not in_place:
+                    verified = Verified(None, None, hidden, kept, fresh, None)
+                    commit(verified, cut, path, offset, bases, keys, values)
+                logits = []
+                if streams:
+                    node = path[count - 1]
+                    logits = [
+                        stream_logits(
+                            seams, shape, hidden, node, offset + count, bases, keys, values
+                        )
+                    ]
+                return [logits, keys, values]
+
+            return run
+
+        kind = (
+            "streams" if in_place else "commit and streams" if streams else "commit",
+            shape.inline, shape.depth, shape.lengths, base_of, cut, flight.verified.hidden.shape,
+        )  # fmt: skip
+        threshold = shape.prune is not None and shape.prune.threshold is not None
+        run = make() if threshold else self.buckets.get(kind, make)
+        verified = flight.verified
+        logits, keys, values = run(
+            accepted.path, mx.array(count, dtype=mx.int32), self._offset, buffers.bases,
+            verified.hidden, verified.kept, [] if in_place else [list(p) for p in verified.fresh],
+            buffers.keys, buffers.values,
+        )  # fmt: skip
+        buffers.keys, buffers.values = keys, values
+        mx.async_eval(logits, keys, values)
+        self._advance(count)
+        return logits[0] if logits else None
+
+    def _advance(self, count: int) -> None:
+        self.buffers.offset += count
+        self._offset = mx.array(self.buffers.offset, dtype=mx.int32)
+
+
+def copied_text(copied: Copied, slots: int) -> CopiedText:
+    """The copied text as arrays of fixed size, so that its length does not make a new bucket."""
+    tokens = np.full(slots, -1, np.int32)
+    logprobs = np.full((2, slots), -20.0, np.float32)
+    n = min(slots, len(copied.tokens))
+    tokens[:n] = copied.tokens[:n]
+    logprobs[0, :n] = np.minimum(copied.logprobs[:n], -1e-4)
+    logprobs[1, :n] = np.log(-np.expm1(logprobs[0, :n]))
+    return CopiedText(mx.array(tokens), mx.array(logprobs))
+
+
+def lazy_logprobs(logits: mx.array, node: int) -> mx.array:
+    """Log-probabilities [V] at a node; lazy, so they cost only whoever reads them."""
+    return logprobs_of(logits[node])

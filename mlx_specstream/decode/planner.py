@@ -1,0 +1,401 @@
+"""planner: how many nodes the next pass verifies, and whether streams run behind it.
+
+Plain decoding is one of the plans. A draft's nodes say how likely they are to be accepted; how far
+that is to be believed is learned from what was accepted. With that, the sizes are weighed by the
+time they take against the tokens they bring, at the price that a token has now. Times are in plain
+tokens: 1.0 is what one token of plain decoding takes. Pure and deterministic: no clock, no chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import BadArgument
+from .costs import Costs
+
+SIZES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+MOST_SIZES = 4  # besides the root alone: a pass is compiled once per size
+WORTH_A_SIZE = 0.003  # of the speed, averaged over typical drafts; less is not worth another size
+WORTH_A_CHANGE = 0.015  # of the tokens of a pass; a smaller gain keeps the size of the pass before
+
+# What drafting may lose against plain decoding, in plain tokens, whatever happens: LOAN at once and
+# SHARE of every token. Over 512 tokens that is 14.2, within the 15.8 that 0.97 of the speed leaves.
+LOAN, SHARE = 4.0, 0.02
+SAVINGS = 16.0  # plain tokens of earlier gains that may be lost again
+
+BELIEF = 4.0  # accepted tokens' worth of trust in a draft's own probabilities before any are checked
+MEMORY = 0.98  # what a checked draft still counts one draft later: some fifty drafts
+SHORT_MEMORY = 0.85  # some seven drafts
+BREAK = 0.4  # short over long memory at which the text has changed
+RETURN = 0.99  # the same for copied drafts, per token: nothing else brings them back
+MOST_TRUST = 1.25  # drafts may be a little better than they say
+CEILING = 0.95  # acceptance of the best streams thinkable: where they do not pay, none are run
+DRAFTS = 16  # recent drafts that stand for the next one
+
+# Tokens of plain decoding before streams are tried again: twice as many after each failure, at most
+# SHORT of them for the first PATIENCE failures after streams have paid, at most LONG later or before.
+FIRST_PAUSE, SHORT_PAUSE, LONG_PAUSE = 8, 24, 128
+PATIENCE = 8
+SETTLED = 8  # passes in which streams have paid, so that they are worth waiting for
+PROBE_TRUST = 0.7  # of a trial draft's probabilities, to choose how much of it to verify
+CONTEXT_STEP = 64  # tokens: costs are read once for so many
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step's plan.
+
+    Args:
+        nodes: rows of the pass, the root included; 1 is the root alone, and without streams a plain
+            token. May be one more than the draft has: then the draft is padded, or fed as it is.
+        streams: run streams behind the pass, to draft the next one.
+        placement: ``"deferred"`` or ``"inline"``: where they run.
+    """
+
+    nodes: int
+    streams: bool
+    placement: str
+
+
+class Trust:
+    """How many of the drafted tokens that drafts promised were accepted, recent ones first.
+
+    Two memories: the short one tells when the long one is about another text.
+    """
+
+    def __init__(self, memory: float):
+        self.memory = memory
+        self.clear()
+
+    def clear(self) -> None:
+        self.long = self.short = 0.0, 0.0  # promised, accepted
+
+    def fade(self, times: int = 1) -> None:
+        self.long = _scaled(self.long, self.memory**times)
+        self.short = _scaled(self.short, SHORT_MEMORY**times)
+
+    def add(self, promised: float, accepted: float) -> None:
+        self.long = self.long[0] + promised, self.long[1] + accepted
+        self.short = self.short[0] + promised, self.short[1] + accepted
+        if _ratio(self.short) < BREAK * _ratio(self.long):
+            self.long = self.short
+
+    @property
+    def ratio(self) -> float:
+        """Expected over promised, 0..MOST_TRUST; begins at 1."""
+        return min(MOST_TRUST, _ratio(self.long))
+
+
+class Planner:
+    """Chooses the size of every pass. One per model, kept from answer to answer.
+
+    Before a pass ``choose``; after it ``observe``, with what was really done.
+
+    Args:
+        costs: of this machine and model.
+        sizes: nodes that a pass may have besides 1. At most four of them are used, the ones that
+            serve typical drafts best; none beyond the last measured row, where costs may jump.
+        placements: the legal ones, ``"deferred"``, ``"inline"`` or both.
+        streams: gamma, how deep streams draft; 0: there are none.
+        copies: drafts may be copied from earlier text.
+
+    Raises:
+        BadArgument: no size, an unknown placement, or none whose costs are known.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        *,
+        sizes: tuple[int, ...] = SIZES,
+        placements: tuple[str, ...] = ("deferred",),
+        streams: int = 4,
+        copies: bool = False,
+    ):
+        if not placements or not set(placements) <= {"deferred", "inline"}:
+            raise BadArgument(f"[placements] must be deferred, inline or both; got {placements}.")
+        known = tuple(p for p in placements if p == "deferred" or costs.inline_ms is not None)
+        if streams and not known:
+            raise BadArgument(
+                "[placements] must hold one whose costs are known; got inline alone, without "
+                "'inline_ms'. Measure it: mlx-specstream tune."
+            )
+        if any(type(n) is not int or n < 2 for n in sizes):
+            raise BadArgument(f"[sizes] must be whole numbers >= 2; got {sizes}.")
+        sizes = tuple(sorted({n for n in sizes if n <= costs.rows[-1]}))
+        if not sizes:
+            raise BadArgument(f"[sizes] must hold one of 2..{costs.rows[-1]}, the measured rows.")
+        self.costs, self.placements, self.streams, self.copies = costs, known, streams, copies
+        self.sizes = self._shortlist(sizes)
+        self._rows = np.array((1, *self.sizes))
+        self._place = {int(n): i for i, n in enumerate(self._rows)}
+        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._trust = {True: Trust(MEMORY), False: Trust(RETURN)}  # by from_streams
+        self._drafts = np.zeros((0, len(self._rows)))  # promises of streams' recent drafts
+        self._copied = self._drafts  # and of copied texts alone
+        self._state = "on" if self._can_pay() else "never"  # on, off (pausing), trial, never
+        self._pause, self._wait = FIRST_PAUSE // 2, 0
+        self._settled, self._patience = 0, 0
+        self._trial_cost = 0.0
+        self._drafted = False  # streams ran behind the last pass
+        self._size = 0  # place in _rows of the last size used
+        self._price = 1.0  # tokens per plain token's time
+        self._balance = LOAN
+
+    # -- before a pass
+
+    def choose(
+        self, probabilities: np.ndarray | None, context: int, from_streams: bool = True
+    ) -> Choice:
+        """The plan of the pass that comes now. Changes nothing.
+
+        Args:
+            probabilities: of the likeliest nodes below the root to be accepted, as the drafts say,
+                float [k], descending; None or empty: nothing is drafted.
+            context: tokens before the pass.
+            from_streams: False for a draft of copied text alone.
+        """
+        streams = self.wants_streams(context)
+        size = 0
+        if probabilities is not None and len(probabilities):
+            size = self._best_size(probabilities, context, from_streams, streams)
+        nodes = int(self._rows[size])
+        return Choice(nodes, streams, self.placement(nodes, context))
+
+    def wants_streams(self, context: int) -> bool:
+        """Should streams run behind the pass that comes now? Changes nothing."""
+        if self._state not in ("on", "off") or (self._state == "off" and self._wait > 0):
+            return False
+        passes, streams = self._at(context)
+        # The loan must last for drafting and for verifying the least of the draft.
+        return self._balance >= (passes[0] + streams[0] - 1.0) + (passes[1] - 1.0)
+
+    def placement(self, nodes: int, context: int) -> str:
+        """The cheaper legal placement of streams behind a pass."""
+        at = [float(self.costs.streams_at(p, nodes, context)) for p in self.placements]
+        return self.placements[int(np.argmin(at))] if at else "deferred"
+
+    # -- after a pass
+
+    def observe(
+        self,
+        *,
+        context: int,
+        nodes: int,
+        probabilities: np.ndarray | None,
+        accepted: int,
+        from_streams: bool = True,
+        streams: bool = False,
+        copied: np.ndarray | None = None,
+    ) -> None:
+        """What a pass did; call it after every one, plain tokens too.
+
+        Args:
+            context: tokens before the pass.
+            nodes: rows of the pass, the root included.
+            probabilities: all that ``choose`` was given, verified or not.
+            accepted: drafted tokens that were accepted.
+            from_streams: as given to ``choose``.
+            streams: streams ran behind the pass.
+            copied: where copied text is part of a draft of streams, what its nodes alone promised,
+                float [c], descending.
+        """
+        passes, behind = self._at(context)
+        spent, tokens = self._spent(nodes, streams, context), 1 + accepted
+        self._balance = min(SAVINGS, self._balance + SHARE * tokens + tokens - spent)
+        self._wait -= tokens
+
+        promises = np.zeros(0) if probabilities is None else np.asarray(probabilities, np.float64)
+        from_streams = from_streams and self.streams > 0
+        if self.copies:
+            self._trust[False].fade(tokens)
+        if nodes > 1 and len(promises):
+            trust = self._trust[from_streams]
+            if from_streams:
+                trust.fade()
+            trust.add(float(promises[: nodes - 1].sum()), accepted)
+            self._size = self._place.get(nodes, self._size)
+        if self._drafted and from_streams:
+            self._drafts = self._appended(self._drafts, promises)
+        if self.copies:
+            alone = copied if from_streams else promises
+            self._copied = self._appended(self._copied, np.zeros(0) if alone is None else alone)
+        self._steer(passes, behind, spent, accepted, streams)
+        self._drafted = streams
+
+    def _steer(self, passes, behind, spent: float, accepted: int, streams: bool) -> None:
+        """Streams on, off for a pause, or on trial; and the price of time."""
+        without = np.concatenate([[1.0], passes[1:]])  # the root alone is a plain token
+        copies = _rate(self._believed(self._copied, False), without) if self.copies else 1.0
+        if self._state != "on":
+            self._price = copies
+        if self._state == "trial" and self._drafted:
+            if accepted > spent - 1.0 + self._trial_cost:
+                self._state, self._settled = "on", 0
+                # What was learned before the pause was another text; this draft is all there is.
+                self._drafts = self._drafts[-1:]
+            else:
+                self._rest()
+        elif self._state == "off" and streams:
+            self._state, self._trial_cost = "trial", behind[0]
+            self._trust[True].clear()
+        elif self._state == "on" and self._drafted:
+            self._settled += 1
+            self._price = _rate(self._believed(self._drafts, True), passes + behind)
+            if self._settled == SETTLED:
+                self._pause, self._patience = FIRST_PAUSE // 2, PATIENCE
+            if self._price <= copies:
+                self._price = copies
+                self._rest()
+
+    def _rest(self) -> None:
+        self._state = "off"
+        self._pause = min(2 * self._pause, SHORT_PAUSE if self._patience else LONG_PAUSE)
+        self._wait, self._patience = self._pause, max(0, self._patience - 1)
+
+    # -- for reports
+
+    @property
+    def speculating(self) -> bool:
+        """Streams are in use, not paused or on trial."""
+        return self._state == "on"
+
+    def expected_tokens(
+        self, probabilities: np.ndarray, nodes: int, from_streams: bool = True
+    ) -> float:
+        """Tokens that a pass with so many nodes is expected to bring, after what was learned."""
+        promised = float(np.sum(probabilities[: nodes - 1]))
+        return 1.0 + min(nodes - 1, promised * self._trust[from_streams].ratio)
+
+    def expected_speedup(
+        self, probabilities: np.ndarray, nodes: int, context: int, from_streams: bool = True
+    ) -> float:
+        """Speed over plain decoding if every step were this one, streams included."""
+        tokens = self.expected_tokens(probabilities, nodes, from_streams)
+        return tokens / self._spent(nodes, from_streams and self.streams > 0, context)
+
+    # -- parts
+
+    def _best_size(self, probabilities, context: int, from_streams: bool, streams: bool) -> int:
+        """Place in _rows of the size whose tokens are worth most beyond the time they take."""
+        passes, behind = self._at(context)
+        cost = passes + behind if streams else np.concatenate([[1.0], passes[1:]])
+        ratio, price = self._trust[from_streams and self.streams > 0].ratio, self._price
+        if self._state == "trial":
+            ratio, price = PROBE_TRUST, 1.0
+        tokens = 1.0 + np.minimum(ratio * self._sums(probabilities), self._rows - 1)
+        value = tokens - price * cost
+        value[1:][cost[1:] - 1.0 > self._balance] = -np.inf  # could lose more than is left
+        best = int(value.argmax())
+        keeps = value[best] - value[self._size] < WORTH_A_CHANGE * tokens[best]
+        return self._size if keeps else best
+
+    def _sums(self, probabilities) -> np.ndarray:
+        """Promised tokens of the first n - 1 nodes for each size n of _rows, float64 [sizes + 1]."""
+        sums = np.concatenate([[0.0], np.cumsum(probabilities, dtype=np.float64)])
+        return sums[np.minimum(self._rows - 1, len(sums) - 1)]
+
+    def _appended(self, recent: np.ndarray, probabilities) -> np.ndarray:
+        return np.concatenate([recent[1 - DRAFTS :], self._sums(probabilities)[None]])
+
+    def _believed(self, recent: np.ndarray, from_streams: bool) -> np.ndarray:
+        """Expected tokens of recent drafts at each size, float64 [drafts, sizes + 1]."""
+        return 1.0 + np.minimum(recent * self._trust[from_streams].ratio, self._rows - 1)
+
+    def _spent(self, nodes: int, streams: bool, context: int) -> float:
+        """What a step cost, in plain tokens."""
+        if nodes == 1 and not streams:
+            return 1.0
+        if (size := self._place.get(nodes)) is not None:
+            passes, behind = self._at(context)
+            return float(passes[size] + (behind[size] if streams else 0.0))
+        cost = self.costs.pass_at(nodes, context)
+        cost += self._streams_cost(nodes, context) if streams else 0.0
+        return float(cost) / self.costs.plain_at(context)
+
+    def _can_pay(self) -> bool:
+        """Could streams be worth their cost if they were nearly always right?"""
+        depth = np.arange(1, self.streams + 1)
+        promises = CEILING**depth
+        return bool(self.streams) and any(
+            _rate(1.0 + self._sums(promises)[None], sum(self._at(context))) > 1.0
+            for context in self.costs.contexts
+        )
+
+    def _at(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Passes of each size of _rows and the streams behind them, in plain tokens."""
+        step = context // CONTEXT_STEP
+        if step not in self._tables:
+            at, plain = step * CONTEXT_STEP, self.costs.plain_at(step * CONTEXT_STEP)
+            passes = self.costs.pass_at(self._rows, at) / plain
+            self._tables[step] = passes, self._streams_cost(self._rows, at) / plain
+        return self._tables[step]
+
+    def _streams_cost(self, nodes, context: int):
+        """The cheaper placement, ms; 0 where there are no streams."""
+        if not self.streams:
+            return np.zeros(np.shape(nodes))[()]
+        return np.min([self.costs.streams_at(p, nodes, context) for p in self.placements], axis=0)
+
+    def _shortlist(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """At most MOST_SIZES of ``sizes``: those that lose least over a range of typical drafts."""
+        middle = self.costs.contexts[len(self.costs.contexts) // 2]
+        rows, plain = np.array((1, *sizes)), self.costs.plain_at(middle)
+        passes = self.costs.pass_at(rows, middle) / plain
+        behind = self._streams_cost(rows, middle) / plain
+        worth = []  # tokens less the price of their time, [draft and price, sizes + 1]
+        for rate in (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.97):
+            drafts = [(_tree_promises(rate, self.streams), behind)] if self.streams else []
+            if self.copies:
+                drafts.append((rate ** np.arange(1, rows[-1]), 0.0))
+            for promises, more in drafts:
+                sums = np.concatenate([[0.0], np.cumsum(promises)])
+                tokens = 1.0 + sums[np.minimum(rows - 1, len(sums) - 1)]
+                worth += [tokens - price * (passes + more) for price in (1.0, 1.4, 1.8)]
+        if not worth:
+            return sizes[:1]
+        worth = np.stack(worth)
+        taken = [0]
+        while len(taken) <= min(MOST_SIZES, len(sizes)):
+            best = [worth[:, [*taken, i]].max(axis=1).mean() for i in range(len(rows))]
+            if len(taken) > 1 and max(best) - worth[:, taken].max(axis=1).mean() < WORTH_A_SIZE:
+                break
+            taken.append(int(np.argmax(best[1:])) + 1)
+        return tuple(sorted({sizes[i - 1] for i in taken[1:]}))
+
+
+def _scaled(pair: tuple[float, float], by: float) -> tuple[float, float]:
+    return pair[0] * by, pair[1] * by
+
+
+def _ratio(evidence: tuple[float, float]) -> float:
+    promised, accepted = evidence
+    return (accepted + BELIEF) / (promised + BELIEF)
+
+
+def _tree_promises(rate: float, depth: int) -> np.ndarray:
+    """Nodes of a tree whose streams give their first guess ``rate``, the next half of the rest ..."""
+    guesses = np.array([rate, (1 - rate) / 2, (1 - rate) / 4])
+    level, found = np.ones(1), []
+    for _ in range(depth):
+        level = np.sort(np.outer(level, guesses).reshape(-1))[::-1][:64]
+        found.append(level)
+    return np.sort(np.concatenate(found))[::-1]
+
+
+def _rate(tokens: np.ndarray, cost: np.ndarray) -> float:
+    """Tokens per plain token's time if every draft is verified at its best size.
+
+    Args:
+        tokens: expected of each draft at each size, float [drafts, sizes + 1].
+        cost: of a step of each size, in plain tokens, float [sizes + 1].
+    """
+    rate, draft = 1.0, np.arange(len(tokens))
+    for _ in range(3 if len(tokens) else 0):  # Dinkelbach's method; two rounds do nearly always
+        before, best = rate, np.argmax(tokens - rate * cost, axis=1)
+        rate = float(tokens[draft, best].sum() / cost[best].sum())
+        if abs(rate - before) < 1e-3:
+            break
+    return rate

@@ -1,0 +1,157 @@
+"""What the rows of a pass cost on this machine: whole steps of the real decode loop, timed.
+
+Every repeat runs the whole model, so the caches see what they see in decoding: weights come from
+memory again each time, unless the model is small enough to stay in a cache, which then helps plain
+decoding too. Sizes are interleaved, so that a slow moment of the machine does not fall on one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..decode.choose import Greedy
+from ..decode.costs import Costs
+from ..decode.decoder import Decoder
+from ..decode.draft import Guesses
+from ..decode.plan import NextPass
+from ..decode.tree import TreeShape
+from ..model.cache import make_prompt_cache
+from ..model.seams import Seams
+
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class _Script:
+    """The same pass again and again."""
+
+    nodes: int
+    streams: bool
+    inline: bool
+
+    def candidates(self, vocabulary: int) -> int:
+        return min(15, vocabulary)
+
+    def next_pass(self, guesses, text, context: int) -> NextPass:
+        tree = TreeShape("best", max(2, self.nodes))
+        nodes = 1 if guesses is None else self.nodes
+        return NextPass(tree, nodes, self.inline, self.streams)
+
+    def observe(self, plan, context, accepted) -> None:
+        pass
+
+
+class _Probe(Decoder):
+    """A decoder whose draft is always there, whether streams run or not."""
+
+    def __init__(self, seams: Seams, stores: list, script: _Script):
+        super().__init__(seams, stores, 1, Greedy(), script)
+        depth = seams.streams.config.num_streams if seams.streams else 4
+        count = script.candidates(seams.vocabulary_size)
+        tokens = np.arange(depth * count).reshape(depth, count) % seams.vocabulary_size
+        self._fixed = Guesses(
+            mx.array(tokens.astype(np.int32)),
+            mx.array(np.tile(np.linspace(-0.5, -6, count, dtype=np.float32), (depth, 1))),
+        )
+        self.script = script
+
+    def _streams(self) -> Guesses | None:
+        found = super()._streams()
+        if self.script.nodes == 1 or self.place == 0:
+            return None
+        # The draft is the same for all, so that all have the same work; the streams' own is waited
+        # for, as it would be.
+        if found is not None:
+            mx.eval(found)
+        return self._fixed
+
+
+def measure_costs(
+    seams: Seams,
+    *,
+    rows: tuple[int, ...] = ROWS,
+    contexts: tuple[int, ...] = (64, 512, 2048),
+    repeats: int = 9,
+    inline: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Costs:
+    """Time passes of every size behind every context, with and without streams.
+
+    Args:
+        rows: nodes of a pass, ascending from 1.
+        contexts: tokens before the pass.
+        repeats: timed steps of each kind, after two that are not.
+        inline: time inline streams too (up to 16 nodes; beyond that they only get worse).
+        progress: called with (kinds of steps done, in all).
+
+    Returns:
+        Medians, in milliseconds.
+    """
+    has_streams = seams.streams is not None
+    deferrable = has_streams and not seams.streams.config.main_sees_streams
+    kinds = [_Script(n, False, False) for n in rows]
+    if deferrable:
+        kinds += [_Script(n, True, False) for n in rows]
+    if has_streams and (inline or not deferrable):
+        kinds += [_Script(n, True, True) for n in rows if n <= 16]
+    total, done = len(contexts) * (repeats + 2), 0
+    tables: list[dict[_Script, float]] = []
+    for context in contexts:
+        probes = {kind: _probe(seams, kind, context) for kind in kinds}
+        times: dict[_Script, list[float]] = {kind: [] for kind in kinds}
+        for repeat in range(repeats + 2):
+            for kind, probe in probes.items():
+                probe.step(1 << 30, ())  # the one before may have left the caches cold
+                tic = time.perf_counter()
+                probe.step(1 << 30, ())
+                if repeat >= 2:
+                    times[kind].append(time.perf_counter() - tic)
+            done += 1
+            progress(done, total)
+        tables.append({kind: 1e3 * statistics.median(t) for kind, t in times.items()})
+        del probes
+        mx.clear_cache()
+
+    def table(streams: bool, placed_inline: bool):
+        lines = []
+        for times in tables:
+            line = []
+            for n in rows:
+                kind = _Script(n, streams, placed_inline)
+                if kind in times:
+                    base = times[_Script(n, False, False)]
+                    line.append(times[kind] - (base if streams else 0.0))
+                else:  # beyond what was timed: at the last one's price per row
+                    line.append(line[-1] * n / rows[len(line) - 1])
+            lines.append(tuple(line))
+        return tuple(lines)
+
+    passes = table(False, False)
+    inlined = table(True, True) if any(k.inline for k in kinds) else None
+    deferred = (
+        table(True, False) if deferrable else inlined or tuple((0.0,) * len(rows) for _ in passes)
+    )
+    return Costs(
+        rows=rows,
+        contexts=contexts,
+        pass_ms=passes,
+        deferred_ms=deferred,
+        inline_ms=inlined,
+        plain_ms=tuple(line[0] for line in passes),
+        measured=True,
+    )
+
+
+def _probe(seams: Seams, kind: _Script, context: int) -> _Probe:
+    stores = make_prompt_cache(seams.model)
+    tokens = mx.arange(context)[None] % seams.vocabulary_size
+    for begin in range(0, context, 512):
+        seams.model(tokens[:, begin : begin + 512], cache=stores)
+        mx.eval([store.state for store in stores])
+    return _Probe(seams, stores, kind)
