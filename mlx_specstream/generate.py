@@ -22,13 +22,13 @@ from mlx_lm.generate import (
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .decode.arrange import make_chooser, make_steering, seams_for_copies, seeded
-from .decode.copy import Copier
+from .decode.arrange import make_chooser, make_copier, make_steering, seams_for_copies, seeded
 from .decode.decoder import Decoder
 from .decode.prune import PruneRule
 from .decode.record import Record
 from .errors import BadArgument
 from .model.cache import check_prompt_cache, make_prompt_cache
+from .model.prompt import last_rows, see_to_buffers
 from .model.seams import Seams, seams_of
 
 NO_LIMIT = 1 << 40  # tokens
@@ -188,7 +188,7 @@ def stream_generate(
             "streams": with_streams,
             "chooser": make_chooser(sampler, seed, coupled, logits_processors, tokens),
             "steering": make_steering(seams, with_streams, copies, tree, placement, prune),
-            "copier": Copier(tokenizer, tokens.tolist()) if copies else None,
+            "copier": make_copier(seams, tokenizer, tokens) if copies else None,
             "guard": guard,
             "record": record,
         }
@@ -316,18 +316,19 @@ def _streamed(
     known, decoder = tokens.tolist(), None
     try:
         progress(0, len(known))
-        while sure - begin < len(known) - 1:
+        last = last_rows(seams, len(known)) if prefill_step_size > 1 else 1
+        last = min(last, prefill_step_size)
+        while len(known) - (sure - begin) > last:
             count = min(prefill_step_size, len(known) - 1 - (sure - begin))
             seams.model(tokens[sure - begin :][:count][None], cache=stores)
             mx.eval([store.state for store in stores])
             sure += count
             progress(sure - begin, len(known))
             mx.clear_cache()
-        if stores[0].keys is None:  # a prompt of one token: let the model say how large its K/V are
-            seams.model(tokens[:1][None], cache=stores)
-            for store in stores:
-                store.trim(1)
-        decoder = Decoder(seams, stores, known[-1], **how)
+        see_to_buffers(seams, stores, tokens)
+        decoder = Decoder(seams, stores, known[sure - begin :], **how)
+        if sure - begin < len(known) - 1:  # mlx-lm reports the last token apart
+            progress(len(known) - 1, len(known))
         passes = -1  # the first is the prompt's own
         while True:
             result = decoder.step(max_tokens - emitted, stop)

@@ -26,4 +26,4 @@ def decoder_for(seams, prompt, tree, placement=None, prune=None, chooser=None, *
     stores = make_prompt_cache(seams.model)
     seams.model(mx.array([prompt[:-1]]), cache=stores)
     plan = make_plan(seams.streams.config, tree, placement, prune)
-    return Watched(seams, stores, prompt[-1], chooser or Greedy(), Fixed(plan), **options)
+    return Watched(seams, stores, prompt[-1:], chooser or Greedy(), Fixed(plan), **options)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
+from mlx_lm.models.cache import KVCache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from reference import assert_close
 from steps import decoder_for
@@ -58,7 +59,7 @@ def tokens_to(node):
 def tree_pass(seams, sees=None, **options):
     """One pass over the tree behind the prompt; the prompt goes through the stock path."""
     depth, ancestors = tree()
-    stores = make_prompt_cache(seams.model)
+    stores = [KVCache() for _ in seams.model.layers]
     seams.model(mx.array([PROMPT]), cache=stores)
     run = Pass(tree_rows(len(PROMPT), depth, ancestors if sees is None else sees), **options)
     logits = seams.forward(run, mx.array([TOKENS]), stores)[0]

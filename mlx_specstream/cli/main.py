@@ -8,9 +8,16 @@ import sys
 
 from .. import __version__, blas
 from ..errors import SpecStreamError
-from . import chat, convert, generate, train
+from . import chat, convert, draft_vocabulary, generate, train, tune
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "train": train}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "train": train,
+    "tune": tune,
+    "draft-vocabulary": draft_vocabulary,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

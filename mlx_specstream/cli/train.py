@@ -71,6 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--value-rotation", type=float, default=0.0, help="epsilon; replaces the stream embeddings"
     )
+    shape.add_argument(
+        "--draft-vocabulary",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft only the N most frequent tokens of the completions, end of sequence besides; training "
+        "still uses them all (default: 0, the whole vocabulary)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -118,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
                 streams,
                 config,
                 max_length=args.max_seq_length,
+                draft_vocabulary=args.draft_vocabulary,
                 resume=args.resume,
                 report=display.step,
                 note=display.note,

@@ -18,6 +18,7 @@ from .choose import (
     fresh_seed,
     is_greedy,
 )
+from .copy import Calibration, Copier
 from .costs_here import costs_for
 from .plan import Fixed, Plan, Planned, Steering, make_plan, placements
 from .planner import Planner
@@ -71,6 +72,12 @@ def make_steering(
             copies=copies,
         )
     return Planned(seams.kept[key])
+
+
+def make_copier(seams: Seams, tokenizer, tokens: mx.array) -> Copier:
+    """Finds drafts in ``tokens`` and what follows; what it learns stays for the next answer."""
+    calibration = seams.kept.setdefault("copies", Calibration())
+    return Copier(tokenizer, tokens.tolist(), calibration=calibration)
 
 
 def seams_for_copies(model: nn.Module, seams: Seams | None) -> Seams:

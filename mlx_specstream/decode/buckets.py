@@ -17,7 +17,7 @@ MOST = 24  # traces kept
 
 def round_up(length: int) -> int:
     """The number of keys in the bucket of ``length``: few buckets, little waste."""
-    step = 64 if length <= 512 else 256 if length <= 4096 else 1024
+    step = 32 if length <= 128 else 64 if length <= 512 else 256 if length <= 4096 else 1024
     return -(-length // step) * step
 
 
@@ -44,9 +44,11 @@ class Buckets:
         self._made.move_to_end(key)
         return self._made[key]
 
-    def check_weights(self, arrays: list[mx.array]) -> None:
-        """Drop all traces if a parameter was replaced: they hold the arrays they were traced with."""
+    def is_stale(self, arrays: list[mx.array]) -> bool:
+        """Whether a parameter was replaced; then all traces go: they hold what they were traced with."""
         weights = [id(a) for a in arrays]
-        if weights != self._weights:
-            self._made.clear()
-            self._weights = weights
+        if weights == self._weights:
+            return False
+        self._made.clear()
+        self._weights = weights
+        return True

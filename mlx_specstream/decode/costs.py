@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -199,20 +200,24 @@ def _line(x, xs, ys):
 def _refuse(name: str, rule: str, value) -> None:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:80] + " ..."
-    raise BadArgument(f"[Costs] '{name}' must {rule}; got {shown}. Measure anew: mlx-specstream tune.")
+    raise BadArgument(
+        f"[Costs] '{name}' must {rule}; got {shown}. Measure anew: mlx-specstream tune."
+    )
 
 
 def _ascending(name: str, values, least: int) -> tuple[int, ...]:
     right = isinstance(values, list | tuple) and len(values) > 0
     right = right and all(type(x) is int and x >= least for x in values)
-    if not right or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+    if not right or any(a >= b for a, b in pairwise(values)):
         _refuse(name, f"be ascending whole numbers from {least} up", values)
     return tuple(values)
 
 
 def _numbers(name: str, values, count: int, above: float) -> tuple[float, ...]:
     right = isinstance(values, list | tuple) and len(values) == count
-    right = right and all(type(x) in (int, float) and math.isfinite(x) and x > above for x in values)
+    right = right and all(
+        type(x) in (int, float) and math.isfinite(x) and x > above for x in values
+    )
     if not right:
         rule = f"hold {count} finite numbers" + (" above 0" if above == 0 else "")
         _refuse(name, rule, values)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -25,12 +25,15 @@ from .choose import Drawn, Greedy, Opaque, logprobs_of
 from .draft import CopiedText, Guesses
 from .plan import NextPass, Steering
 from .record import PassRecord, Record
-from .step import PassShape, Verified, commit, judge, stream_logits, verify_pass
+from .step import PassShape, Verified, commit, judge, prompt_pass, stream_logits, verify_pass
 from .tree import HostTree, Tree
 from .verify import Accepted, descend
 
 if TYPE_CHECKING:
     from .copy import Copied, Copier
+
+
+MERGED = 128 << 20  # bytes that copies of the MSA layers' weights with LoRA may take
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Decoder:
 
     Args:
         seams: the model; its streams may be None (copied drafts need none).
-        stores: its prompt cache, which holds everything before ``root``; in use until ``close``.
-        root: the last token of the prompt.
+        stores: its prompt cache, not empty of buffers; in use until ``close``.
+        prompt: the end of the prompt that is not in the cache yet, at least its last token.
         chooser: names the main stream's tokens.
         steering: says what the next pass looks like.
         streams: use the model's streams.
@@ -81,7 +84,7 @@ class Decoder:
         self,
         seams: Seams,
         stores: list,
-        root: int,
+        prompt: list[int],
         chooser: Greedy | Drawn | Opaque,
         steering: Steering,
         streams: bool = True,
@@ -94,10 +97,12 @@ class Decoder:
         self.config = seams.streams.config if streams else None
         self.buffers = Buffers(stores)
         self.buckets: Buckets = seams.kept.setdefault("buckets", Buckets())
-        self.buckets.check_weights(seams.arrays())
+        if self.buckets.is_stale(seams.arrays()) and streams:
+            seams.merge_lora(MERGED)
         self.place = 0  # number of the token that the root's pass will choose
         self.recheck = False
-        self._root = mx.array(root, dtype=mx.int32)
+        self._prompt = mx.array(prompt, dtype=mx.int32)
+        self._root = self._prompt[-1]
         self._offset = mx.array(self.buffers.offset, dtype=mx.int32)
         self._guesses: Guesses | None = None
         self._flight: _Flight | None = None
@@ -144,13 +149,7 @@ class Decoder:
         flight, accepted, path = self._behind
         self._behind = None
         wanted = flight.plan.streams and not self.recheck and self.config is not None
-        logits = self._redraft(flight, accepted, path, wanted)
-        if logits is None:
-            return None
-        K = self.steering.candidates(self.seams.vocabulary_size)
-        guesses = self.chooser.guesses(logits, K, self.place, self.seams.draft_vocabulary)
-        mx.async_eval(guesses)
-        return guesses
+        return self._redraft(flight, accepted, path, wanted)
 
     @property
     def _splits(self) -> bool:
@@ -166,14 +165,30 @@ class Decoder:
         plan = self.steering.next_pass(guesses, text, self.buffers.offset)
         if plan.nodes == 1:
             guesses = text = copied = None
-        shape = self._shape(plan, guesses, text)
-        verified = self._verify(shape, guesses, text)
+        if self.place == 0 and self._prompt.size > 1:
+            shape, verified = self._run_prompt(plan)
+        else:
+            shape = self._shape(plan, guesses, text)
+            verified = self._verify(shape, guesses, text)
         self._streams_s, self._draft_s = streams_s, time.perf_counter() - tic
         if self._splits:
             mx.eval(verified.logits)
         self._flight = _Flight(shape, plan, self.place, verified, copied, time.perf_counter() - tic)
 
-    def _shape(self, plan: NextPass, guesses, text) -> PassShape:
+    def _run_prompt(self, plan: NextPass) -> tuple[PassShape, Verified]:
+        """The end of the prompt and its own choice in one go."""
+        rows, buffers = self._prompt.size, self.buffers
+        shape = replace(self._shape(plan, None, None, rows), inline=False, prune=None)
+        bases = [buffers.bases[i] for i in buffers.base_of]
+        keys, values = list(buffers.keys), list(buffers.values)
+        verified = prompt_pass(self.seams, shape, self._prompt, self._offset, bases, keys, values)
+        buffers.keys, buffers.values = keys, values
+        del keys, values
+        self._advance(rows - 1)
+        mx.async_eval(verified.logits, buffers.keys, buffers.values)
+        return shape, verified
+
+    def _shape(self, plan: NextPass, guesses, text, rows: int = 0) -> PassShape:
         inline = plan.inline and self.config is not None
         deepest = max(
             0 if guesses is None else guesses.tokens.shape[0],
@@ -181,7 +196,7 @@ class Decoder:
         )
         depth = min(plan.nodes - 1, deepest)
         g = self.config.num_streams if self.config else 0
-        room = max(plan.nodes * (1 + g if inline else 1), depth + 1 + g)
+        room = max(rows + g, plan.nodes * (1 + g if inline else 1), depth + 1 + g)
         return PassShape(
             nodes=plan.nodes,
             tree=plan.tree,
@@ -213,7 +228,7 @@ class Decoder:
                 accepted = list(verified.accepted) if verified.accepted else []
                 return [
                     list(verified.tree), verified.logits, verified.hidden, verified.kept,
-                    [list(pair) for pair in verified.fresh], accepted, keys, values,
+                    verified.fresh, accepted, keys, values,
                 ]  # fmt: skip
 
             return run
@@ -228,7 +243,7 @@ class Decoder:
         )  # fmt: skip
         buffers.keys, buffers.values = keys, values
         verified = Verified(
-            Tree(*tree), logits, hidden, kept, [tuple(pair) for pair in fresh],
+            Tree(*tree), logits, hidden, kept, fresh,
             Accepted(*accepted) if accepted else None,
         )  # fmt: skip
         mx.async_eval(accepted[2] if accepted else logits, keys, values)
@@ -320,56 +335,56 @@ class Decoder:
 
     # --- commit and streams ---
 
-    def _redraft(self, flight: _Flight, accepted: Accepted, path: list[int], streams: bool):
-        """Commit the accepted path and, if wanted, run the streams of its last node.
+    def _redraft(
+        self, flight: _Flight, accepted: Accepted, path: list[int], streams: bool
+    ) -> Guesses | None:
+        """Commit the accepted path and, if wanted, ask the streams of its last node.
 
-        Returns:
-            Their logits [g, V], or None.
+        In one go, so that a compiled step has two halves: this and the pass.
         """
-        seams, buffers, shape = self.seams, self.buffers, flight.shape
-        count = len(path)
+        seams, buffers, shape, verified = self.seams, self.buffers, flight.shape, flight.verified
+        count, base_of = len(path), self.buffers.base_of
         in_place = path == list(range(count)) and shape.prune is None
-        base_of = buffers.base_of
         if in_place and not streams:
             self._advance(count)
             return None
-        cut = seams.cut
+        # Greedy guesses need no noise, so they are part of what is compiled.
+        greedy = self.chooser if isinstance(self.chooser, Greedy) else None
+        K, vocabulary = self.steering.candidates(seams.vocabulary_size), seams.draft_vocabulary
 
         def make():
-            def run(path, count, offset, bases, hidden, kept, fresh, keys, values):
+            def run(path, offset, after, bases, hidden, kept, fresh, keys, values):
                 keys, values = list(keys), list(values)
                 bases = [bases[i] for i in base_of]
                 if not in_place:
-                    verified = Verified(None, None, hidden, kept, fresh, None)
-                    commit(verified, cut, path, offset, bases, keys, values)
-                logits = []
+                    commit(fresh, kept, seams.cut, path, offset, bases, keys, values)
+                drafts = []
                 if streams:
-                    node = path[count - 1]
-                    logits = [
-                        stream_logits(
-                            seams, shape, hidden, node, offset + count, bases, keys, values
-                        )
-                    ]
-                return [logits, keys, values]
+                    logits = stream_logits(seams, shape, hidden, after, bases, keys, values)
+                    drafts = list(greedy.guesses(logits, K, 0, vocabulary)) if greedy else [logits]
+                return [drafts, keys, values]
 
             return run
 
         kind = (
             "streams" if in_place else "commit and streams" if streams else "commit",
-            shape.inline, shape.depth, shape.lengths, base_of, cut, flight.verified.hidden.shape,
+            shape.inline, shape.lengths, base_of, K, greedy is None,
         )  # fmt: skip
         threshold = shape.prune is not None and shape.prune.threshold is not None
         run = make() if threshold else self.buckets.get(kind, make)
-        verified = flight.verified
-        logits, keys, values = run(
-            accepted.path, mx.array(count, dtype=mx.int32), self._offset, buffers.bases,
-            verified.hidden, verified.kept, [] if in_place else [list(p) for p in verified.fresh],
+        after = mx.array(buffers.offset + count, dtype=mx.int32)
+        drafts, keys, values = run(
+            [] if in_place else accepted.path, self._offset, after, buffers.bases,
+            verified.of_node(path[-1], shape.inline) if streams else [],
+            [] if in_place else verified.kept, [] if in_place else verified.fresh,
             buffers.keys, buffers.values,
         )  # fmt: skip
         buffers.keys, buffers.values = keys, values
-        mx.async_eval(logits, keys, values)
         self._advance(count)
-        return logits[0] if logits else None
+        if drafts and not greedy:
+            drafts = list(self.chooser.guesses(drafts[0], K, self.place, vocabulary))
+        mx.async_eval(drafts, keys, values)
+        return Guesses(*drafts) if drafts else None
 
     def _advance(self, count: int) -> None:
         self.buffers.offset += count

@@ -14,31 +14,28 @@ import numpy as np
 
 from ..errors import BadArgument
 from .costs import Costs
+from .trust import Trust
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 MOST_SIZES = 4  # besides the root alone: a pass is compiled once per size
-WORTH_A_SIZE = 0.003  # of the speed, averaged over typical drafts; less is not worth another size
+WORTH_A_SIZE = 0.003  # tokens a pass, averaged over typical drafts; less is not worth another size
 WORTH_A_CHANGE = 0.015  # of the tokens of a pass; a smaller gain keeps the size of the pass before
 
 # What drafting may lose against plain decoding, in plain tokens, whatever happens: LOAN at once and
 # SHARE of every token. Over 512 tokens that is 14.2, within the 15.8 that 0.97 of the speed leaves.
 LOAN, SHARE = 4.0, 0.02
-SAVINGS = 16.0  # plain tokens of earlier gains that may be lost again
+SAVINGS = 12.0  # plain tokens of earlier gains that may be lost again
 
-BELIEF = 4.0  # accepted tokens' worth of trust in a draft's own probabilities before any are checked
 MEMORY = 0.98  # what a checked draft still counts one draft later: some fifty drafts
-SHORT_MEMORY = 0.85  # some seven drafts
-BREAK = 0.4  # short over long memory at which the text has changed
 RETURN = 0.99  # the same for copied drafts, per token: nothing else brings them back
-MOST_TRUST = 1.25  # drafts may be a little better than they say
 CEILING = 0.95  # acceptance of the best streams thinkable: where they do not pay, none are run
 DRAFTS = 16  # recent drafts that stand for the next one
 
 # Tokens of plain decoding before streams are tried again: twice as many after each failure, at most
-# SHORT of them for the first PATIENCE failures after streams have paid, at most LONG later or before.
-FIRST_PAUSE, SHORT_PAUSE, LONG_PAUSE = 8, 24, 128
-PATIENCE = 8
-SETTLED = 8  # passes in which streams have paid, so that they are worth waiting for
+# LONG of them; but once streams have paid, for SETTLED passes in a row, they are worth waiting for, and
+# it is at most SHORT. What it costs is bounded by SHARE.
+FIRST_PAUSE, SHORT_PAUSE, LONG_PAUSE = 8, 20, 128
+SETTLED = 8
 PROBE_TRUST = 0.7  # of a trial draft's probabilities, to choose how much of it to verify
 CONTEXT_STEP = 64  # tokens: costs are read once for so many
 
@@ -59,35 +56,6 @@ class Choice:
     placement: str
 
 
-class Trust:
-    """How many of the drafted tokens that drafts promised were accepted, recent ones first.
-
-    Two memories: the short one tells when the long one is about another text.
-    """
-
-    def __init__(self, memory: float):
-        self.memory = memory
-        self.clear()
-
-    def clear(self) -> None:
-        self.long = self.short = 0.0, 0.0  # promised, accepted
-
-    def fade(self, times: int = 1) -> None:
-        self.long = _scaled(self.long, self.memory**times)
-        self.short = _scaled(self.short, SHORT_MEMORY**times)
-
-    def add(self, promised: float, accepted: float) -> None:
-        self.long = self.long[0] + promised, self.long[1] + accepted
-        self.short = self.short[0] + promised, self.short[1] + accepted
-        if _ratio(self.short) < BREAK * _ratio(self.long):
-            self.long = self.short
-
-    @property
-    def ratio(self) -> float:
-        """Expected over promised, 0..MOST_TRUST; begins at 1."""
-        return min(MOST_TRUST, _ratio(self.long))
-
-
 class Planner:
     """Chooses the size of every pass. One per model, kept from answer to answer.
 
@@ -95,8 +63,8 @@ class Planner:
 
     Args:
         costs: of this machine and model.
-        sizes: nodes that a pass may have besides 1. At most four of them are used, the ones that
-            serve typical drafts best; none beyond the last measured row, where costs may jump.
+        sizes: nodes that a pass may have besides 1. Of more than four, those that serve typical
+            drafts best are used; none beyond the last measured row, where costs may jump.
         placements: the legal ones, ``"deferred"``, ``"inline"`` or both.
         streams: gamma, how deep streams draft; 0: there are none.
         copies: drafts may be copied from earlier text.
@@ -137,9 +105,7 @@ class Planner:
         self._copied = self._drafts  # and of copied texts alone
         self._state = "on" if self._can_pay() else "never"  # on, off (pausing), trial, never
         self._pause, self._wait = FIRST_PAUSE // 2, 0
-        self._settled, self._patience = 0, 0
-        self._trial_cost = 0.0
-        self._drafted = False  # streams ran behind the last pass
+        self._settled, self._longest = 0, LONG_PAUSE
         self._size = 0  # place in _rows of the last size used
         self._price = 1.0  # tokens per plain token's time
         self._balance = LOAN
@@ -170,7 +136,7 @@ class Planner:
             return False
         passes, streams = self._at(context)
         # The loan must last for drafting and for verifying the least of the draft.
-        return self._balance >= (passes[0] + streams[0] - 1.0) + (passes[1] - 1.0)
+        return bool(self._balance >= (passes[0] + streams[0] - 1.0) + (passes[1] - 1.0))
 
     def placement(self, nodes: int, context: int) -> str:
         """The cheaper legal placement of streams behind a pass."""
@@ -209,6 +175,7 @@ class Planner:
 
         promises = np.zeros(0) if probabilities is None else np.asarray(probabilities, np.float64)
         from_streams = from_streams and self.streams > 0
+        drafted = from_streams and len(promises) > 0
         if self.copies:
             self._trust[False].fade(tokens)
         if nodes > 1 and len(promises):
@@ -217,43 +184,45 @@ class Planner:
                 trust.fade()
             trust.add(float(promises[: nodes - 1].sum()), accepted)
             self._size = self._place.get(nodes, self._size)
-        if self._drafted and from_streams:
+        if drafted:
             self._drafts = self._appended(self._drafts, promises)
         if self.copies:
             alone = copied if from_streams else promises
             self._copied = self._appended(self._copied, np.zeros(0) if alone is None else alone)
-        self._steer(passes, behind, spent, accepted, streams)
-        self._drafted = streams
+        self._steer(passes, behind, spent, accepted, streams, drafted)
 
-    def _steer(self, passes, behind, spent: float, accepted: int, streams: bool) -> None:
+    def _steer(self, passes, behind, spent, accepted, streams: bool, drafted: bool) -> None:
         """Streams on, off for a pause, or on trial; and the price of time."""
         without = np.concatenate([[1.0], passes[1:]])  # the root alone is a plain token
         copies = _rate(self._believed(self._copied, False), without) if self.copies else 1.0
         if self._state != "on":
             self._price = copies
-        if self._state == "trial" and self._drafted:
-            if accepted > spent - 1.0 + self._trial_cost:
+        if self._state == "trial" and not drafted:
+            self._state = "off"  # the answer ended; try again
+        elif self._state == "trial":
+            self._drafts = self._drafts[-1:]  # the ones before the pause were of another text
+            rate = _rate(self._believed(self._drafts, True), passes + behind)
+            if rate <= copies and accepted > spent - 1.0 + behind[0]:  # not believed, but it paid
+                self._trust[True].restart()
+                rate = _rate(self._believed(self._drafts, True), passes + behind)
+            if rate > copies:
                 self._state, self._settled = "on", 0
-                # What was learned before the pause was another text; this draft is all there is.
-                self._drafts = self._drafts[-1:]
             else:
                 self._rest()
         elif self._state == "off" and streams:
-            self._state, self._trial_cost = "trial", behind[0]
-            self._trust[True].clear()
-        elif self._state == "on" and self._drafted:
+            self._state = "trial"
+        elif self._state == "on" and drafted:
             self._settled += 1
             self._price = _rate(self._believed(self._drafts, True), passes + behind)
-            if self._settled == SETTLED:
-                self._pause, self._patience = FIRST_PAUSE // 2, PATIENCE
+            if self._settled >= SETTLED and self._balance > LOAN:
+                self._pause, self._longest = FIRST_PAUSE // 2, SHORT_PAUSE
             if self._price <= copies:
                 self._price = copies
                 self._rest()
 
     def _rest(self) -> None:
         self._state = "off"
-        self._pause = min(2 * self._pause, SHORT_PAUSE if self._patience else LONG_PAUSE)
-        self._wait, self._patience = self._pause, max(0, self._patience - 1)
+        self._pause = self._wait = min(2 * self._pause, self._longest)
 
     # -- for reports
 
@@ -284,7 +253,7 @@ class Planner:
         cost = passes + behind if streams else np.concatenate([[1.0], passes[1:]])
         ratio, price = self._trust[from_streams and self.streams > 0].ratio, self._price
         if self._state == "trial":
-            ratio, price = PROBE_TRUST, 1.0
+            ratio, price = max(ratio, PROBE_TRUST), 1.0
         tokens = 1.0 + np.minimum(ratio * self._sums(probabilities), self._rows - 1)
         value = tokens - price * cost
         value[1:][cost[1:] - 1.0 > self._balance] = -np.inf  # could lose more than is left
@@ -341,6 +310,8 @@ class Planner:
 
     def _shortlist(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """At most MOST_SIZES of ``sizes``: those that lose least over a range of typical drafts."""
+        if len(sizes) <= MOST_SIZES:
+            return sizes
         middle = self.costs.contexts[len(self.costs.contexts) // 2]
         rows, plain = np.array((1, *sizes)), self.costs.plain_at(middle)
         passes = self.costs.pass_at(rows, middle) / plain
@@ -348,31 +319,20 @@ class Planner:
         worth = []  # tokens less the price of their time, [draft and price, sizes + 1]
         for rate in (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.97):
             drafts = [(_tree_promises(rate, self.streams), behind)] if self.streams else []
-            if self.copies:
+            if self.copies or not drafts:
                 drafts.append((rate ** np.arange(1, rows[-1]), 0.0))
             for promises, more in drafts:
                 sums = np.concatenate([[0.0], np.cumsum(promises)])
                 tokens = 1.0 + sums[np.minimum(rows - 1, len(sums) - 1)]
                 worth += [tokens - price * (passes + more) for price in (1.0, 1.4, 1.8)]
-        if not worth:
-            return sizes[:1]
         worth = np.stack(worth)
         taken = [0]
-        while len(taken) <= min(MOST_SIZES, len(sizes)):
+        while len(taken) <= MOST_SIZES:
             best = [worth[:, [*taken, i]].max(axis=1).mean() for i in range(len(rows))]
             if len(taken) > 1 and max(best) - worth[:, taken].max(axis=1).mean() < WORTH_A_SIZE:
                 break
             taken.append(int(np.argmax(best[1:])) + 1)
         return tuple(sorted({sizes[i - 1] for i in taken[1:]}))
-
-
-def _scaled(pair: tuple[float, float], by: float) -> tuple[float, float]:
-    return pair[0] * by, pair[1] * by
-
-
-def _ratio(evidence: tuple[float, float]) -> float:
-    promised, accepted = evidence
-    return (accepted + BELIEF) / (promised + BELIEF)
 
 
 def _tree_promises(rate: float, depth: int) -> np.ndarray:

@@ -50,9 +50,7 @@ class Record:
         Their sum + 1 is the tokens per pass, as long as ``depth`` reaches the deepest acceptance.
         """
         accepted = [p.accepted for p in self.passes if not p.recheck]
-        return [
-            sum(a >= d for a in accepted) / max(1, len(accepted)) for d in range(1, depth + 1)
-        ]
+        return [sum(a >= d for a in accepted) / max(1, len(accepted)) for d in range(1, depth + 1)]
 
     def deepest(self) -> int:
         """The most drafted tokens that any pass accepted."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..model.cache import RowStore
-from ..model.rows import Rows, tree_rows
+from ..model.rows import Rows, causal_rows, tree_rows
 from ..model.seams import Pass, Seams
 from .choose import Greedy
 from .draft import CopiedText, Guesses, draft
@@ -67,6 +67,10 @@ class Verified:
     fresh: list[tuple[mx.array, mx.array]]
     accepted: Accepted | None
 
+    def of_node(self, node: int, inline: bool) -> mx.array:
+        """``hidden`` of one node: its M^{N-Ns} [1, 1, E], or its streams' last states [1, g, E]."""
+        return self.hidden[:, node :: self.tree.size] if inline else self.hidden[:, node][:, None]
+
 
 def verify_pass(
     seams: Seams,
@@ -101,14 +105,14 @@ def verify_pass(
 
     stores = _stores(offset, bases, shape.lengths, keys, values)
     rows = tree_rows(offset, tree.depth, tree.ancestors)
-    run = Pass(rows, at_cut=at_cut, takes_main=True)
+    run = Pass(rows, at_cut=at_cut, takes_main=True, decoding=True)
     logits = seams.forward(run, tree.tokens[None], stores)[0]  # [m, V]
     m = main.size
     keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
     return Verified(
         main,
         logits,
-        run.last_hidden[:, m:] if shape.inline else run.cut_hidden,
+        run.last_hidden[:, m:] if shape.inline else _at_cut(run),
         kept,
         [
             (context.fresh[0][:, :, :m], context.fresh[1][:, :, :m])
@@ -117,6 +121,33 @@ def verify_pass(
             for index, context in enumerate(run.contexts)
         ],
         judge(main, Greedy().scores(logits, main.depth, 0, 0), shape) if shape.greedy else None,
+    )
+
+
+def prompt_pass(
+    seams: Seams,
+    shape: PassShape,
+    tokens: mx.array,
+    offset: mx.array,
+    bases: list,
+    keys: list[mx.array],
+    values: list[mx.array],
+) -> Verified:
+    """Run the end of a prompt, int32 [r], as ordinary tokens; the last one is the root."""
+    r = tokens.size
+    stores = _stores(offset, bases, shape.lengths, keys, values)
+    run = Pass(causal_rows(offset, r), take=slice(r - 1, r), decoding=True)
+    logits = seams.forward(run, tokens[None], stores)[0]  # [1, V]
+    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+    tree = draft(tokens[-1], None, None, shape.tree)
+    scores = Greedy().scores(logits, tree.depth, 0, 0)
+    return Verified(
+        tree,
+        logits,
+        _at_cut(run)[:, -1:],
+        mx.zeros((1,), mx.int32),
+        [],
+        judge(tree, scores, shape) if shape.greedy else None,
     )
 
 
@@ -134,7 +165,14 @@ def judge(tree: Tree, scores: mx.array, shape: PassShape) -> Accepted:
 
 
 def commit(
-    verified: Verified, cut: int, path: mx.array, offset: mx.array, bases: list, keys, values
+    fresh: list[tuple[mx.array, mx.array]],
+    kept: mx.array,
+    cut: int,
+    path: mx.array,
+    offset: mx.array,
+    bases: list,
+    keys: list[mx.array],
+    values: list[mx.array],
 ) -> None:
     """Put the K/V of the accepted path where the tree began, in the buffers of ``keys``, ``values``.
 
@@ -142,13 +180,14 @@ def commit(
     would be copied whole.
 
     Args:
+        fresh, kept: of ``Verified``.
         cut: the first MSA layer; lower layers hold all nodes of the tree, the others the kept ones.
         path: accepted nodes (of the kept ones), the root repeated behind their end, int32 [D + 1].
         offset: position of the root, int32 [].
     """
-    lower = verified.kept[path]
+    lower = kept[path]
     stores = _stores(offset, bases, [0] * len(keys), keys, values)
-    for layer, (store, (k, v)) in enumerate(zip(stores, verified.fresh, strict=True)):
+    for layer, (store, (k, v)) in enumerate(zip(stores, fresh, strict=True)):
         rows = path if layer >= cut else lower
         store.write(k[:, :, rows], v[:, :, rows])
     keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
@@ -158,7 +197,6 @@ def stream_logits(
     seams: Seams,
     shape: PassShape,
     hidden: mx.array,
-    node: mx.array,
     offset: mx.array,
     bases: list,
     keys: list[mx.array],
@@ -170,20 +208,20 @@ def stream_logits(
     causal chunk behind the accepted node that leaves no K/V behind.
 
     Args:
-        hidden: of ``Verified``.
-        node: the accepted node, index into the kept ones, int32 [].
+        hidden: ``Verified.of_node`` of the accepted node.
         offset: position of the next root, one behind the accepted node, int32 [].
     """
-    g = seams.streams.config.num_streams
-    if shape.inline:
-        last = hidden.reshape(g, hidden.shape[1] // g, -1)[:, node][None]
-    else:
+    if not shape.inline:
         stores = _stores(offset, bases, shape.lengths, keys, values)
-        host = mx.take(hidden, node.reshape(1), axis=1)
-        run = seams.run_streams(host, (offset - 1).reshape(1, 1), stores)
+        run = seams.run_streams(hidden, (offset - 1).reshape(1, 1), stores, decoding=True)
         keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
-        last = run.last_hidden
-    return seams.draft_head(last)[0]
+        hidden = run.last_hidden
+    return seams.draft_head(hidden)[0]
+
+
+def _at_cut(run: Pass) -> mx.array:
+    """M^{N-Ns}; without streams there is no cut, and nobody will look at it."""
+    return run.last_hidden if run.cut_hidden is None else run.cut_hidden
 
 
 def _stores(offset: mx.array, bases: list, lengths, keys: list, values: list) -> list[RowStore]:

@@ -21,10 +21,21 @@ from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
 from ..decode.plan import NextPass
 from ..decode.tree import TreeShape
+from ..errors import BadArgument
 from ..model.cache import make_prompt_cache
 from ..model.seams import Seams
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+CONTEXTS = (64, 512, 2048)
+
+
+def check_sizes(name: str, sizes, least: int) -> tuple[int, ...]:
+    """Ascending whole numbers; anything else raises BadArgument."""
+    sizes = tuple(sorted(set(sizes)))
+    if sizes[0] < least or (name == "rows" and (sizes[0] != 1 or len(sizes) < 2)):
+        rule = "hold 1 and a larger number" if name == "rows" else f"be at least {least}"
+        raise BadArgument(f"[{name}] must {rule}; got {' '.join(map(str, sizes))}.")
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class _Probe(Decoder):
     """A decoder whose draft is always there, whether streams run or not."""
 
     def __init__(self, seams: Seams, stores: list, script: _Script):
-        super().__init__(seams, stores, 1, Greedy(), script)
+        super().__init__(seams, stores, [1], Greedy(), script)
         depth = seams.streams.config.num_streams if seams.streams else 4
         count = script.candidates(seams.vocabulary_size)
         tokens = np.arange(depth * count).reshape(depth, count) % seams.vocabulary_size
@@ -76,8 +87,8 @@ def measure_costs(
     seams: Seams,
     *,
     rows: tuple[int, ...] = ROWS,
-    contexts: tuple[int, ...] = (64, 512, 2048),
-    repeats: int = 9,
+    contexts: tuple[int, ...] = CONTEXTS,
+    repeats: int = 5,
     inline: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Costs:
@@ -86,7 +97,7 @@ def measure_costs(
     Args:
         rows: nodes of a pass, ascending from 1.
         contexts: tokens before the pass.
-        repeats: timed steps of each kind, after two that are not.
+        repeats: rounds over all kinds, each with three timed steps of every kind.
         inline: time inline streams too (up to 16 nodes; beyond that they only get worse).
         progress: called with (kinds of steps done, in all).
 
@@ -107,11 +118,12 @@ def measure_costs(
         times: dict[_Script, list[float]] = {kind: [] for kind in kinds}
         for repeat in range(repeats + 2):
             for kind, probe in probes.items():
-                probe.step(1 << 30, ())  # the one before may have left the caches cold
-                tic = time.perf_counter()
-                probe.step(1 << 30, ())
-                if repeat >= 2:
-                    times[kind].append(time.perf_counter() - tic)
+                for step in range(4):
+                    tic = time.perf_counter()
+                    probe.step(1 << 30, ())
+                    # The first after another size finds memory laid out for that one.
+                    if step and repeat >= 2:
+                        times[kind].append(time.perf_counter() - tic)
             done += 1
             progress(done, total)
         tables.append({kind: 1e3 * statistics.median(t) for kind, t in times.items()})

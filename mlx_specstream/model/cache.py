@@ -107,25 +107,17 @@ class FixedPrefix:
         )
 
 
-# True bounds the K/V of sliding-window layers. The decoding loop must read ``base`` first: it takes
-# key i of a store for the one at position i.
-WINDOWED = False
-
-
 def make_prompt_cache(model) -> list[KVCache]:
     """A prompt cache for ``generate``: one ``KVCache`` per layer, which can take back rows.
 
-    Sliding-window layers get a full one too (the window is in the mask), or with ``WINDOWED`` one
-    that drops what nobody can see any more.
+    Sliding-window layers get one that drops what nobody can see any more.
     """
-    if not WINDOWED:
-        return [KVCache() for _ in model.layers]
     return [WindowedKVCache(window) if window else KVCache() for window in window_of(model)]
 
 
 def check_prompt_cache(cache: list, model) -> None:
     """Raise BadArgument if ``cache`` cannot hold a tree and drop parts of it again."""
-    windows = window_of(model) if WINDOWED else [None] * len(model.layers)
+    windows = window_of(model)
     fits = len(cache) == len(windows) and all(
         type(c) is KVCache or (type(c) is WindowedKVCache and c.window == window)
         for c, window in zip(cache, windows, strict=True)
@@ -137,66 +129,3 @@ def check_prompt_cache(cache: list, model) -> None:
             f"{len(cache)} of {', '.join(kinds)}; make it with "
             "mlx_specstream.make_prompt_cache(model) or pass use_streams=False."
         )
-
-
-class Buffers:
-    """The K/V arrays of a prompt cache while a device-resident loop writes to them.
-
-    MLX writes in place only into an array that nobody else holds, so the arrays are taken out of
-    the caches, handed from pass to pass, and given back at the end.
-
-    Attributes:
-        keys, values: per layer [B, K, capacity, D].
-        offset: position after the last row that is sure.
-        bases: the different positions of key 0 (0 until a sliding window has slid), int32 [] each.
-        base_of: per layer the index of its base.
-    """
-
-    def __init__(self, stores: list[KVCache]):
-        self.stores = stores
-        self.offset = stores[0].offset
-        self._take()
-
-    def _take(self) -> None:
-        self.keys = [store.keys for store in self.stores]
-        self.values = [store.values for store in self.stores]
-        for store in self.stores:
-            store.keys = store.values = None
-        found = [getattr(store, "base", 0) for store in self.stores]
-        distinct = sorted(set(found))
-        self.bases = [mx.array(base, dtype=mx.int32) for base in distinct]
-        self.base_of = tuple(distinct.index(base) for base in found)
-
-    def give_back(self) -> None:
-        """Hand the arrays to the caches again, with every row that is sure."""
-        for store, k, v in zip(self.stores, self.keys, self.values, strict=True):
-            store.keys, store.values, store.offset = k, v, self.offset
-        self.keys = self.values = None
-
-    def make_room(self, rows: int, round_up) -> tuple[int, ...]:
-        """See to it that ``rows`` more rows fit; how many keys each layer's rows should look at.
-
-        Args:
-            round_up: the number of keys in the bucket of a length.
-        """
-        found = [getattr(store, "base", 0) for store in self.stores]
-        needed = [self.offset - base + rows for base in found]
-        if any(n > k.shape[2] for n, k in zip(needed, self.keys, strict=True)):
-            self.give_back()
-            for store in self.stores:
-                if hasattr(store, "make_room"):
-                    store.make_room(rows)
-                else:
-                    _grow(store, rows)
-            self._take()
-            return self.make_room(rows, round_up)
-        return tuple(min(round_up(n), k.shape[2]) for n, k in zip(needed, self.keys, strict=True))
-
-
-def _grow(store: KVCache, rows: int) -> None:
-    """Lengthen a cache's arrays as mlx-lm does, by whole steps."""
-    more = store.offset + rows - store.keys.shape[2]
-    if more > 0:
-        more = -(-more // store.step) * store.step
-        widths = [(0, 0), (0, 0), (0, more), (0, 0)]
-        store.keys, store.values = mx.pad(store.keys, widths), mx.pad(store.values, widths)

@@ -18,11 +18,13 @@ from mlx.utils import tree_flatten
 
 from ..config import FORMAT_VERSION, StreamConfig
 from ..errors import BadCheckpoint, StreamsMismatch
+from .draft_head import broken_rule
 from .projections import embedding_of, weight_shape
 from .seams import stream_shapes
 from .streams import Streams
 
 WEIGHTS, DESCRIPTION = "streams.safetensors", "streams.json"
+VOCABULARY = "draft_vocabulary"  # a tensor that is no parameter
 SAMPLES = 16  # weights read per sketched tensor
 SAME = 0.9999  # cosine of two sketches: above, the very same weights up to a cast to bf16
 ALIKE = 0.85  # above, the same weights quantised (2 bits: 0.91); other models lie near 0
@@ -91,12 +93,29 @@ def save_streams(
         "training": training,
     }
     weights = dict(tree_flatten(streams.parameters()))
+    if streams.draft_vocabulary is not None:
+        weights[VOCABULARY] = mx.array(streams.draft_vocabulary)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".streams-") as temporary:
         temporary = Path(temporary)
         save_tensors(temporary / WEIGHTS, weights, {"format": "mlx-specstream"})
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         for name in (WEIGHTS, DESCRIPTION):
             os.replace(temporary / name, folder / name)
+
+
+def save_draft_vocabulary(folder: str | Path, tokens: np.ndarray | None) -> None:
+    """Put a draft vocabulary (int32 [F]) into a streams folder, or take it out (None).
+
+    Nothing else in the folder changes, and the one file that does is replaced in one go.
+    """
+    path = Path(folder) / WEIGHTS
+    weights, metadata = _read_weights(path)
+    weights.pop(VOCABULARY, None)
+    if tokens is not None:
+        weights[VOCABULARY] = mx.array(tokens)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".streams-") as temporary:
+        save_tensors(Path(temporary) / WEIGHTS, weights, metadata)
+        os.replace(Path(temporary) / WEIGHTS, path)
 
 
 def save_tensors(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -186,12 +205,15 @@ def load_streams(
         raise StreamsMismatch(
             f"[streams] {folder} has {config.msa_layers} MSA layers, the model {len(model.layers)}."
         )
-    streams = Streams(config, weight_shape(embedding_of(model))[1], stream_shapes(model, config))
-    try:
-        weights = mx.load(str(folder / WEIGHTS))
-    except (RuntimeError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise BadCheckpoint(f"[streams] {folder / WEIGHTS} cannot be read: {line}") from None
+    V, E = weight_shape(embedding_of(model))
+    streams = Streams(config, E, stream_shapes(model, config))
+    weights, _ = _read_weights(folder / WEIGHTS)
+    vocabulary = weights.pop(VOCABULARY, None)
+    if vocabulary is not None:
+        why = broken_rule(vocabulary, V)
+        if why:
+            raise BadCheckpoint(f"[streams] {folder / WEIGHTS}: {VOCABULARY} {why}.")
+        streams.draft_vocabulary = np.array(vocabulary)
     expected = dict(tree_flatten(streams.parameters()))
     for name in sorted(expected.keys() | weights.keys()):
         want = expected[name].shape if name in expected else "nothing"
@@ -202,6 +224,15 @@ def load_streams(
     streams.load_weights(list(weights.items()))
     mx.eval(streams.parameters())
     return streams, note
+
+
+def _read_weights(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The tensors of a streams folder, its draft vocabulary among them, and the file's metadata."""
+    try:
+        return mx.load(str(path), return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise BadCheckpoint(f"[streams] {path} cannot be read: {line}") from None
 
 
 def _samples(module: nn.Module) -> list[float]:

@@ -90,11 +90,11 @@ class Rows:
         return mx.slice_update(seen, sees, at, axes=(2,))[:, None]
 
 
-def causal_rows(start: int, length: int) -> Rows:
-    """``length`` ordinary tokens at positions start, start + 1, ..."""
-    where = mx.arange(length)
+def causal_rows(start: int | mx.array, length: int) -> Rows:
+    """``length`` ordinary tokens at positions start, start + 1, .. (int or int32 [])."""
+    where = mx.arange(length, dtype=mx.int32)
     return Rows(
-        positions=(start + where)[None],
+        positions=(start + where).astype(mx.int32)[None],
         sees=(where[:, None] >= where[None])[None],
         main=length,
     )

@@ -20,12 +20,15 @@ from functools import cache, wraps
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from ..config import StreamConfig
-from ..errors import BadArgument
+from ..errors import BadArgument, SpecStreamError
+from .activation import fast_activations, modules_with_swiglu
 from .cache import LayerContext, MaskRequest, NoStore, RowStore
+from .draft_head import DraftHead
 from .projections import Projection, embedding_of, projections_of, weight_shape
 from .rope import ROPES, has_table, rope_rows, rope_table, signature, turn
 from .rows import Rows, causal_rows, stream_rows, with_streams
@@ -43,6 +46,7 @@ class Pass:
         at_cut: called with (hidden [B, n, E], rows) before the first MSA layer; returns both anew.
         take: which rows go through norm and head: a slice or int32 indices; None means all.
         takes_main: the main rows go through the head, however many are left after the cut.
+        decoding: what is only for speed may be used: merged weights, fast activations.
         cut_hidden: caught: hidden states before the first MSA layer (``at_cut`` may set it anew).
         last_hidden: caught: hidden states after the last layer, all rows [B, R, E].
     """
@@ -54,11 +58,17 @@ class Pass:
     at_cut: Callable[[mx.array, Rows], tuple[mx.array, Rows]] | None = None
     take: slice | mx.array | None = None
     takes_main: bool = False
+    decoding: bool = False
     cut_hidden: mx.array | None = None
     last_hidden: mx.array | None = None
     contexts: list[LayerContext] = field(default_factory=list)
     expert_rows: Callable[[bool], mx.array] | None = None
     _made: dict = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        """All rows are streams and may use the weights of ``merge_lora``."""
+        return self.decoding and self.rows.main == 0
 
     def mask(self, request: MaskRequest, store) -> mx.array:
         rows, window = self.rows, request.window
@@ -121,9 +131,13 @@ class Seams:
         self.num_layers = len(model.layers)
         self.running: Pass | None = None
         self.kept: dict = {}  # what one answer leaves for the next: compiled passes, statistics
-        self.draft_vocabulary: mx.array | None = None
+        self._draft_head: DraftHead | None = None
+        self.merged: dict[
+            int, mx.array
+        ] = {}  # id of a projection -> its weight with LoRA [d_in, d_out]
         self._stock: list[tuple[nn.Module, type]] = []
         self.streams = streams
+        self._swiglu = modules_with_swiglu(model.layers)
         self.vocabulary_size = weight_shape(embedding_of(model))[0]
         self.cut = self.num_layers - (streams.config.msa_layers if streams else 0)
         self._swap(model, _ModelSeam)
@@ -134,6 +148,12 @@ class Seams:
                     self._swap(module, _RopeSeam, signature=signature(module))
             if index >= self.cut and streams.config.lora_rank:
                 self._gate_projections(layer, index - self.cut)
+        if streams is not None:
+            try:
+                self.draft_vocabulary = streams.draft_vocabulary
+            except SpecStreamError:
+                self.detach()
+                raise
 
     def _gate_projections(self, layer: nn.Module, msa_index: int) -> None:
         wanted = set(self.streams.config.lora_targets)
@@ -184,7 +204,8 @@ class Seams:
         run.contexts = [LayerContext(run, store) for store in stores]
         outer, self.running = self.running, run  # pruning calls the head inside a pass
         try:
-            return self.model(tokens, cache=run.contexts)
+            with fast_activations(self._swiglu if run.decoding else []):
+                return self.model(tokens, cache=run.contexts)
         finally:
             self.running = outer
 
@@ -194,8 +215,23 @@ class Seams:
         return self.forward(Pass(rows, first=self.num_layers, enters=hidden))
 
     def draft_head(self, hidden: mx.array) -> mx.array:
-        """Norm and head for drafts, over the draft vocabulary if the streams have one."""
-        return self.head(hidden)
+        """Norm and head for drafts, over the draft vocabulary if there is one (``draft_head.py``).
+
+        hidden [B, r, E] -> logits [B, r, V or F]
+        """
+        return self.head(hidden) if self._draft_head is None else self._draft_head(hidden)
+
+    @property
+    def draft_vocabulary(self) -> mx.array | None:
+        """The token of each column of ``draft_head``, int32 [F]; None: all V. May be set anew."""
+        return None if self._draft_head is None else self._draft_head.tokens
+
+    @draft_vocabulary.setter
+    def draft_vocabulary(self, tokens: mx.array | np.ndarray | None) -> None:
+        if tokens is not None:
+            tokens = DraftHead(self.model, self.head, mx.array(tokens))
+        self._draft_head = tokens
+        self.kept.clear()  # compiled passes hold the old rows, statistics are of the old drafts
 
     def add_streams(self, hidden: mx.array, rows: Rows) -> tuple[mx.array, Rows]:
         """Begin the streams beside every main row (an ``at_cut`` for inline passes)."""
@@ -209,7 +245,12 @@ class Seams:
         return mx.concatenate([hidden, self.streams.begin(hidden)], axis=1), rows
 
     def run_streams(
-        self, host_hidden: mx.array, hosts: mx.array, stores: list, prefix: int | None = None
+        self,
+        host_hidden: mx.array,
+        hosts: mx.array,
+        stores: list,
+        prefix: int | None = None,
+        decoding: bool = False,
     ) -> Pass:
         """Run only the streams of some hosts through the MSA layers (deferred placement).
 
@@ -218,6 +259,7 @@ class Seams:
             hosts: their positions, int32 [B, P].
             stores: where the K/V of the main rows lie.
             prefix: as in ``stream_rows``.
+            decoding: of ``Pass``.
 
         Returns:
             The pass; its ``last_hidden`` is [B, g * P, E], stream-major.
@@ -229,9 +271,31 @@ class Seams:
             at_host=config.stream_position == "t",
             prefix=prefix,
         )
-        run = Pass(rows, first=self.cut, enters=self.streams.begin(host_hidden), take=slice(0, 1))
+        enters = self.streams.begin(host_hidden)
+        run = Pass(rows, first=self.cut, enters=enters, take=slice(0, 1), decoding=decoding)
         self.forward(run, stores=stores)
         return run
+
+    def merge_lora(self, most_bytes: int) -> None:
+        """Make weights with the LoRA in them for passes of streams alone.
+
+        They spare two small products per projection, which weigh much where layers are small. Only
+        for plain linear layers, and only if all copies together stay within ``most_bytes``.
+        """
+        self.merged.clear()
+        modules = [
+            m for m, stock in self._stock if stock is nn.Linear and hasattr(m, "_seam_projection")
+        ]
+        if not modules or sum(m.weight.nbytes for m in modules) > most_bytes:
+            return
+        for module in modules:
+            projection = module._seam_projection
+            unit = mx.eye(projection.d_in, dtype=module.weight.dtype)
+            update = self.streams.lora_update(
+                unit, projection.layer, projection.keys, projection.sizes
+            )
+            self.merged[id(module)] = mx.contiguous(module.weight + update.T).T
+        mx.eval(list(self.merged.values()))
 
     def logits(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """Main logits [B, L, V] and stream logits [B, g, L, V] at every position of tokens [B, L].
@@ -336,6 +400,9 @@ class _RopeSeam:
 class _ProjectionSeam:
     def __call__(self, x):
         run = self._seams.running
+        if run is not None and run.merged and id(self) in self._seams.merged:
+            y = x @ self._seams.merged[id(self)]
+            return y + self.bias if "bias" in self else y
         y = super().__call__(x)
         if run is None or run.rows.stream_of is None:
             return y

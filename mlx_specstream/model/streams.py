@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import StreamConfig
 
@@ -42,6 +43,10 @@ class Streams(nn.Module):
         width: E, the hidden size of the base.
         shapes: per MSA layer (lowest first) the (d_in, d_out) of each projection that gets LoRA.
         embedding_scale: standard deviation of the initial P_j (about 5% of the RMS of M^{N-Ns}).
+
+    Attributes:
+        draft_vocabulary: the only tokens that drafts may hold, int32 [F]; None: all V. No
+            parameter: training does not see it.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Streams(nn.Module):
     ):
         super().__init__()
         self._config = config
+        self.draft_vocabulary: np.ndarray | None = None
         g = config.num_streams
         if not config.value_rotation:
             self.embeddings = embedding_scale * mx.random.normal((g, width))

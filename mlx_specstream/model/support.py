@@ -71,7 +71,7 @@ def _probe(model: nn.Module) -> str | None:
     try:
         seams = Seams(model)
         try:
-            stores = make_prompt_cache(model)
+            stores = [KVCache() for _ in model.layers]
             model(mx.array([prompt]), cache=stores)
             depth = np.array([0, 1, 1])
             sees = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=bool)

@@ -26,6 +26,7 @@ from ..model.support import ONE_MASK, check_supported
 from .data import Example, has_split, make_batch, read_examples
 from .loss import base_pass
 from .trainer import CHECKPOINT, Progress, TrainConfig, Trainer
+from .vocabulary import from_examples
 
 EMBEDDING_SHARE = 0.05  # initial P_j against the RMS of the hidden states they are added to
 MAX_HELD_OUT = 200  # rows taken from the training data where there is no validation file
@@ -45,6 +46,7 @@ def train_streams(
     config: TrainConfig,
     *,
     max_length: int = 2048,
+    draft_vocabulary: int = 0,
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
@@ -56,6 +58,8 @@ def train_streams(
     Args:
         data: folder with train.jsonl[.gz] and, if there is one, valid.jsonl[.gz].
         max_length: longer rows are cut to this many tokens.
+        draft_vocabulary: drafts will hold only this many tokens, the most frequent ones of the
+            completions, and end of sequence; 0: all. The loss takes the whole head all the same.
         resume: go on from the checkpoint in ``out``.
         report: called after every step; ``note``: called with lines for the user.
 
@@ -82,10 +86,18 @@ def train_streams(
         )
     if max_length < 3:
         raise BadArgument(f"[train] 'max_seq_length' must be >= 3 tokens, got {max_length}.")
+    if draft_vocabulary < 0:
+        raise BadArgument(f"[train] 'draft_vocabulary' must be >= 0, got {draft_vocabulary}.")
     train, valid = _read(data, tokenizer, max_length, note)
     mx.random.seed(config.seed)
     base = fingerprint(model)
-    seams = attach(model, _new_streams(model, streams))
+    parameters = _new_streams(model, streams)
+    if draft_vocabulary:
+        parameters.draft_vocabulary, line = from_examples(
+            train, draft_vocabulary, tokenizer.eos_token_ids, weight_shape(embedding_of(model))[0]
+        )
+        note(line)
+    seams = attach(model, parameters)
     _scale_embeddings(seams, train[: config.batch_size])
     trainer = Trainer(seams, config, out, base)
     if resume:

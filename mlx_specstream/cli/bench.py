@@ -1,0 +1,298 @@
+"""Compare mlx-lm, plain decoding, streams and copied drafts on this machine, in one interleaved run.
+
+Greedy; the baseline is mlx_lm.stream_generate on a model of its own. The tables go to stdout, the
+progress to stderr. Nothing written holds text of a prompt or an answer, nor token ids of your own
+prompts (--data) and their answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from ..errors import BadArgument, UnsupportedModel
+from . import options
+
+HELP = "compare the speed with mlx-lm's"
+SLACK = 64  # tokens of the context left free beside prompt and answer: the nodes of a draft
+LEAST_ROOM = 16  # tokens; a smaller prompt says nothing
+WIDTH = 118  # columns of the tables where the output is no terminal
+CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument(
+        "--share-weights",
+        action="store_true",
+        help="baseline and ours use the same arrays, where memory cannot hold the weights twice",
+    )
+    how = parser.add_argument_group("streams")
+    how.add_argument("--streams", help="streams folder (default: the one inside the model folder)")
+    how.add_argument("--force", action="store_true", help="use streams trained on another base")
+    how.add_argument("--no-streams", action="store_true", help="leave streams out")
+    how.add_argument("--tree", help="chain, cartesian:K or best:M (default: the planner chooses)")
+    how.add_argument("--placement", choices=("inline", "deferred"), help="where streams run")
+    draft = parser.add_argument_group("mlx-lm's speculative decoding")
+    draft.add_argument("--draft-model", help="compare it with this draft model, too")
+    draft.add_argument("--num-draft-tokens", type=int, help="tokens per draft (default: mlx-lm's)")
+    what = parser.add_argument_group("prompts")
+    what.add_argument(
+        "--kinds",
+        nargs="*",
+        help="of our own: prose, code, json-sql, long (default: all; with --data: none)",
+    )
+    what.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="your own: jsonl rows with prompt, messages or text (may end in .gz)",
+    )
+    what.add_argument(
+        "--prompts", type=int, help="at most so many of each kind (default: all; of --data 20)"
+    )
+    what.add_argument("--ignore-chat-template", action="store_true", help="feed them as they are")
+    what.add_argument(
+        "--max-tokens", "-m", type=int, default=128, help="of an answer (default: %(default)s)"
+    )
+    what.add_argument(
+        "--repeats", type=int, default=3, help="timed, after a warm-up (default: %(default)s)"
+    )
+    out = parser.add_argument_group("reports")
+    out.add_argument("--json", type=Path, metavar="FILE", help="raw results")
+    out.add_argument("--html", type=Path, metavar="FILE", help="one page to read and to share")
+    out.add_argument(
+        "--tune", type=Path, metavar="FILE", help="put in what mlx-specstream tune measured (JSON)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+    from ..measure.bench import about_model, collect, make_modes
+    from ..measure.report import page, read_tune
+    from ..model.seams import seams_of
+
+    tune = None if args.tune is None else read_tune(args.tune)
+    model, tokenizer = options.load_model(args)
+    seams = seams_of(model)
+    streams = seams is not None and seams.streams is not None
+    if not streams and (args.tree or args.placement):
+        name = "tree" if args.tree else "placement"
+        raise BadArgument(f"[{name}] needs streams; load some, or do not set it.")
+    notes = [] if streams else ["no streams: plain decoding and copied drafts only"]
+    if args.share_weights:
+        notes.append("baseline and ours shared one copy of the weights")
+    stock, config = _stock(args, model)
+    context = _context(config)
+    prompts = _prompts(args, tokenizer, context, notes)
+    keywords = {"tree": args.tree, "placement": args.placement}
+    modes = make_modes(
+        stock,
+        model,
+        tokenizer,
+        max_tokens=args.max_tokens,
+        streams=streams,
+        copies=streams or _can_copy(model, notes),
+        draft_model=_draft_model(args, tokenizer),
+        num_draft_tokens=args.num_draft_tokens,
+        keywords={name: value for name, value in keywords.items() if value is not None},
+    )
+    with _Progress() as progress:
+        results = collect(
+            modes,
+            prompts,
+            args.repeats,
+            arguments=_arguments(args),
+            model=about_model(_name(args.model), stock, seams, context),
+            tune=tune,
+            notes=notes,
+            progress=progress.step,
+        )
+    _print(results)
+    if args.json:
+        _write(args.json, json.dumps(results, indent=1) + "\n")
+    if args.html:
+        _write(args.html, page([results]))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be said before a model is loaded."""
+    for name, least in (("repeats", 1), ("prompts", 1), ("max_tokens", 2), ("num_draft_tokens", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise BadArgument(f"[{name}] must be at least {least}; got {value}.")
+    if args.num_draft_tokens is not None and not args.draft_model:
+        raise BadArgument("[num_draft_tokens] needs --draft-model.")
+    if args.data is not None and not args.data.is_file():
+        raise BadArgument(f"[data] {args.data} is not a file.")
+    for name in ("json", "html"):
+        path = getattr(args, name)
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise BadArgument(
+                f"[{name}] {path} cannot be written: it must lie in a folder that can."
+            )
+    if args.json is not None and args.json == args.html:
+        raise BadArgument(f"[json] and [html] must be two files; got {args.json} for both.")
+
+
+def _stock(args: argparse.Namespace, model):
+    """(a model of its own for mlx-lm, its config)."""
+    from ..load import load_base, model_folder
+
+    stock, _, config = load_base(
+        model_folder(args.model, args.revision, args.trust_remote_code),
+        adapter_path=args.adapter_path,
+        lazy=args.share_weights,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.share_weights:
+        stock.update(model.parameters())
+    return stock, config
+
+
+def _context(config: dict) -> int | None:
+    """Tokens that the model was made for, as its config says."""
+    for part in (config, config.get("text_config") or {}):
+        for name in CONTEXT:
+            if isinstance(part.get(name), int):
+                return part[name]
+    return None
+
+
+def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: list[str]) -> list:
+    from ..measure.prompts import KINDS, Encoder, bundled, from_file
+
+    room = None if context is None else context - args.max_tokens - SLACK
+    if room is not None and room < LEAST_ROOM:
+        raise BadArgument(
+            f"[max_tokens] {args.max_tokens} leaves no room for a prompt: the model's context is "
+            f"{context} tokens, {SLACK} of them stay free."
+        )
+    templated = tokenizer.has_chat_template and not args.ignore_chat_template
+    chat = (lambda messages: options.chat_tokens(tokenizer, messages)) if templated else None
+    encoder = Encoder(tokenizer, chat, room)
+    kinds = args.kinds if args.kinds is not None else [] if args.data else list(KINDS)
+    prompts = bundled(list(dict.fromkeys(kinds)), encoder, args.prompts)
+    if args.data is not None:
+        own, rows = from_file(args.data, encoder, args.prompts)
+        prompts += own
+        if len(own) < rows:
+            notes.append(f"{len(own)} of {rows} own prompts, spread evenly over the file")
+    if not prompts:
+        raise BadArgument("[kinds] must name at least one kind where there is no --data.")
+    cut = sum(len(p.tokens) < p.full for p in prompts)
+    if cut:
+        notes.append(
+            f"{cut} of {len(prompts)} prompts cut to the model's context ({context} tokens)"
+        )
+    return prompts
+
+
+def _can_copy(model, notes: list[str]) -> bool:
+    """Can a model without streams decode trees, as copied drafts need it?"""
+    from ..model.support import check_supported
+
+    try:
+        check_supported(model)
+    except UnsupportedModel as error:
+        notes.append(f"no copied drafts: {error}")
+        return False
+    return True
+
+
+def _draft_model(args: argparse.Namespace, tokenizer):
+    if not args.draft_model:
+        return None
+    from ..load import load_base, model_folder
+
+    model, other, _ = load_base(model_folder(args.draft_model))
+    if other.vocab_size != tokenizer.vocab_size:
+        raise BadArgument(
+            f"[draft_model] must have the model's {tokenizer.vocab_size} tokens; it has "
+            f"{other.vocab_size}."
+        )
+    return model
+
+
+def _name(path: str) -> str:
+    """Of a folder its last part, as a report should not tell where it lay; a hub id as it is."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def _arguments(args: argparse.Namespace) -> dict:
+    """The settings of the run; of files and folders the name only."""
+    skipped = ("command", "debug", "version", "json", "html", "tune", "model")
+    found = {k: v for k, v in vars(args).items() if k not in skipped}
+    for name in ("streams", "adapter_path", "draft_model", "data"):
+        if found[name] is not None:
+            found[name] = _name(str(found[name]))
+    return found
+
+
+class _Progress:
+    """A bar on stderr."""
+
+    def __enter__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self.bar = Progress(
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task("answers", total=None)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
+
+    def step(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+
+def _print(results: dict) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..measure.tables import about_lines, every_table
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    whole = console.width >= WIDTH  # on a narrow terminal cells fold
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    for line in about_lines(results):
+        say(line)
+    for table in every_table(results):
+        shown = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for n, name in enumerate(table.columns):
+            shown.add_column(name, justify="right" if n else "left", no_wrap=whole)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print()
+        console.print(shown, markup=False, highlight=False)
+        for note in table.notes:
+            say(note)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of a file or nothing of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)  # temporary files are private, reports are to be shared
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,42 @@
+"""How a prompt enters the cache: in chunks by the stock model, its end by the first pass of a decoder."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from .projections import embedding_of
+from .seams import Seams
+
+MOST_ROWS = 256  # of a prompt's end that one pass takes
+
+
+def last_rows(seams: Seams, length: int) -> int:
+    """How many tokens of a prompt the pass that chooses the first token should take.
+
+    One, as in mlx-lm: in 16 bits the choice could depend on the number of rows. In float32 on a CPU
+    it does not, and all that is left of the prompt may go in one pass, which spares one.
+    """
+    exact = (
+        mx.default_device().type == mx.DeviceType.cpu
+        and embedding_of(seams.model).weight.dtype == mx.float32
+    )
+    shared = seams.streams is not None and seams.streams.config.main_sees_streams
+    if not exact or shared or "kv" not in seams.kept:
+        return 1
+    return min(length, MOST_ROWS)
+
+
+def see_to_buffers(seams: Seams, stores: list[KVCache], tokens: mx.array) -> None:
+    """Make sure that empty caches have buffers; how large a row is, the model says once."""
+    if stores[0].keys is None and "kv" in seams.kept:
+        for store, (heads, d_key, d_value, dtype) in zip(stores, seams.kept["kv"], strict=True):
+            store.keys = mx.zeros((1, heads, store.step, d_key), dtype)
+            store.values = mx.zeros((1, heads, store.step, d_value), dtype)
+    elif stores[0].keys is None:
+        seams.model(tokens[:1][None], cache=stores)
+        for store in stores:
+            store.trim(1)
+    seams.kept["kv"] = [
+        (s.keys.shape[1], s.keys.shape[3], s.values.shape[3], s.keys.dtype) for s in stores
+    ]
