@@ -222,6 +222,14 @@ def test_random_drafts_are_never_slower(streams, passes, says):
     assert 2 <= tried <= 25  # it looks again, at growing distances
 
 
+def test_a_trial_verifies_its_draft_however_often_trials_failed():
+    table, guesses = costs(FLAT, 0.2), liar(0.7)
+    run = mac.closed_loop(Planner(table), table, lambda p: guesses, 4096, 1)
+    trials = [second for first, second in pairwise(run.steps) if first.streams and first.place > 99]
+    assert len(trials) > 20
+    assert all(step.nodes > 1 and not step.streams for step in trials)
+
+
 @pytest.mark.parametrize("table", [costs(STEEP, 1.0), costs(STEEP, 0.2), costs(FLAT, 1.0)])
 def test_a_text_made_to_mislead_costs_no_more_than_the_loan(table):
     """Right whenever it is tried, wrong as soon as it is trusted."""

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from ..errors import BadArgument, UnsupportedModel
@@ -72,18 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check(args)
+    from ..files import write_text
     from ..measure.bench import about_model, collect, make_modes
     from ..measure.report import page, read_tune
-    from ..model.seams import seams_of
 
     tune = None if args.tune is None else read_tune(args.tune)
     model, tokenizer = options.load_model(args)
-    seams = seams_of(model)
+    notes: list[str] = []
+    seams = _seams(model, notes)
     streams = seams is not None and seams.streams is not None
     if not streams and (args.tree or args.placement):
         name = "tree" if args.tree else "placement"
         raise BadArgument(f"[{name}] needs streams; load some, or do not set it.")
-    notes = [] if streams else ["no streams: plain decoding and copied drafts only"]
     if args.share_weights:
         notes.append("baseline and ours shared one copy of the weights")
     stock, config = _stock(args, model)
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer,
         max_tokens=args.max_tokens,
         streams=streams,
-        copies=streams or _can_copy(model, notes),
+        copies=seams is not None,
         draft_model=_draft_model(args, tokenizer),
         num_draft_tokens=args.num_draft_tokens,
         keywords={name: value for name, value in keywords.items() if value is not None},
@@ -112,11 +111,11 @@ def run(args: argparse.Namespace) -> None:
             notes=notes,
             progress=progress.step,
         )
-    _print(results)
     if args.json:
-        _write(args.json, json.dumps(results, indent=1) + "\n")
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.html:
-        _write(args.html, page([results]))
+        write_text(args.html, page([results]))
+    _print(results)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -131,10 +130,11 @@ def _check(args: argparse.Namespace) -> None:
         raise BadArgument(f"[data] {args.data} is not a file.")
     for name in ("json", "html"):
         path = getattr(args, name)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise BadArgument(
-                f"[{name}] {path} cannot be written: it must lie in a folder that can."
-            )
+        if path is None:
+            continue
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise BadArgument(f"[{name}] {path} cannot be written.")
     if args.json is not None and args.json == args.html:
         raise BadArgument(f"[json] and [html] must be two files; got {args.json} for both.")
 
@@ -192,16 +192,27 @@ def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: li
     return prompts
 
 
-def _can_copy(model, notes: list[str]) -> bool:
-    """Can a model without streams decode trees, as copied drafts need it?"""
+def _seams(model, notes: list[str]):
+    """The seams that a model has, or gets for copied drafts; None where it cannot decode trees."""
+    from ..decode.costs_here import costs_for
+    from ..model.seams import attach, seams_of
     from ..model.support import check_supported
 
-    try:
-        check_supported(model)
-    except UnsupportedModel as error:
-        notes.append(f"no copied drafts: {error}")
-        return False
-    return True
+    seams = seams_of(model)
+    if seams is None or seams.streams is None:
+        notes.append("no streams")
+    if seams is None:
+        try:
+            check_supported(model)
+        except UnsupportedModel as error:
+            notes.append(f"no copied drafts: {error}")
+            return None
+        seams = attach(model)
+    if not costs_for(seams).measured:
+        notes.append(
+            "the planner guessed what passes cost: mlx-specstream tune had not measured it"
+        )
+    return seams
 
 
 def _draft_model(args: argparse.Namespace, tokenizer):
@@ -283,16 +294,3 @@ def _print(results: dict) -> None:
         console.print(shown, markup=False, highlight=False)
         for note in table.notes:
             say(note)
-
-
-def _write(path: Path, text: str) -> None:
-    """All of a file or nothing of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # temporary files are private, reports are to be shared
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -8,7 +8,7 @@ import sys
 
 from .. import __version__, blas
 from ..errors import SpecStreamError
-from . import chat, convert, draft_vocabulary, generate, train, tune
+from . import bench, chat, convert, draft_vocabulary, generate, train, tune
 
 COMMANDS = {
     "generate": generate,
@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": convert,
     "train": train,
     "tune": tune,
+    "bench": bench,
     "draft-vocabulary": draft_vocabulary,
 }
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable
 
 import mlx.core as mx
 
-MOST = 24  # traces kept
+MOST = 48  # traces kept
 
 
 def round_up(length: int) -> int:
     """The number of keys in the bucket of ``length``: few buckets, little waste."""
-    step = 32 if length <= 128 else 64 if length <= 512 else 256 if length <= 4096 else 1024
+    step = 64 if length <= 512 else 256 if length <= 4096 else 1024
     return -(-length // step) * step
 
 
@@ -26,7 +26,6 @@ class Buckets:
 
     def __init__(self):
         self._made: OrderedDict[Hashable, Callable] = OrderedDict()
-        self._weights: list[int] = []
 
     def __len__(self) -> int:
         return len(self._made)
@@ -44,11 +43,5 @@ class Buckets:
         self._made.move_to_end(key)
         return self._made[key]
 
-    def is_stale(self, arrays: list[mx.array]) -> bool:
-        """Whether a parameter was replaced; then all traces go: they hold what they were traced with."""
-        weights = [id(a) for a in arrays]
-        if weights == self._weights:
-            return False
+    def clear(self) -> None:
         self._made.clear()
-        self._weights = weights
-        return True

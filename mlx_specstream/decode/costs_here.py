@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from .. import blas
 from ..model.projections import embedding_of
@@ -36,7 +37,8 @@ def default_costs_of(seams: Seams) -> Costs:
 
 def costs_key(seams: Seams) -> dict[str, Any]:
     """What measured costs hold for: machine, model, quantisation, streams, library versions."""
-    arrays, embedding = seams.arrays(), embedding_of(seams.model)
+    embedding = embedding_of(seams.model)
+    arrays = [array for _, array in tree_flatten(seams.model.parameters())]
     quantized = [m for _, m in seams.model.named_modules() if hasattr(m, "bits")]
     kinds = {(m.bits, m.group_size, getattr(m, "mode", "affine")) for m in quantized}
     return profile_key(
@@ -48,7 +50,7 @@ def costs_key(seams: Seams) -> dict[str, Any]:
         ),
         quantization=" ".join(f"{b}-bit g{g} {m}" for b, g, m in sorted(kinds)) or "none",
         dtype=str(getattr(embedding, "scales", embedding.weight).dtype).removeprefix("mlx.core."),
-        streams=None if seams.streams is None else _plain(seams.streams.config.to_json()),
+        streams=None if seams.streams is None else _geometry(seams),
         versions={name: version(name) for name in ("mlx", "mlx-lm", "mlx-specstream")},
     )
 
@@ -64,5 +66,8 @@ def machine_name() -> str:
     return ", ".join(parts)
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: " ".join(v) if isinstance(v, list) else v for k, v in config.items()}
+def _geometry(seams: Seams) -> dict[str, Any]:
+    config = seams.streams.config.to_json()
+    plain = {k: " ".join(v) if isinstance(v, list) else v for k, v in config.items()}
+    vocabulary = seams.draft_vocabulary
+    return {**plain, "draft_vocabulary": 0 if vocabulary is None else vocabulary.size}

@@ -97,8 +97,10 @@ class Decoder:
         self.config = seams.streams.config if streams else None
         self.buffers = Buffers(stores)
         self.buckets: Buckets = seams.kept.setdefault("buckets", Buckets())
-        if self.buckets.is_stale(seams.arrays()) and streams:
-            seams.merge_lora(MERGED)
+        if seams.watch.changed():
+            self.buckets.clear()
+            if seams.streams is not None:
+                seams.merge_lora(MERGED)
         self.place = 0  # number of the token that the root's pass will choose
         self.recheck = False
         self._prompt = mx.array(prompt, dtype=mx.int32)

@@ -17,7 +17,7 @@ from .costs import Costs
 from .trust import Trust
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-MOST_SIZES = 4  # besides the root alone: a pass is compiled once per size
+MOST_SIZES = 3  # besides the root alone: a pass is compiled once per size
 WORTH_A_SIZE = 0.003  # tokens a pass, averaged over typical drafts; less is not worth another size
 WORTH_A_CHANGE = 0.015  # of the tokens of a pass; a smaller gain keeps the size of the pass before
 

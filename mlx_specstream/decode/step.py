@@ -108,7 +108,7 @@ def verify_pass(
     run = Pass(rows, at_cut=at_cut, takes_main=True, decoding=True)
     logits = seams.forward(run, tree.tokens[None], stores)[0]  # [m, V]
     m = main.size
-    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+    _hand_over(stores, keys, values)
     return Verified(
         main,
         logits,
@@ -138,7 +138,7 @@ def prompt_pass(
     stores = _stores(offset, bases, shape.lengths, keys, values)
     run = Pass(causal_rows(offset, r), take=slice(r - 1, r), decoding=True)
     logits = seams.forward(run, tokens[None], stores)[0]  # [1, V]
-    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+    _hand_over(stores, keys, values)
     tree = draft(tokens[-1], None, None, shape.tree)
     scores = Greedy().scores(logits, tree.depth, 0, 0)
     return Verified(
@@ -190,7 +190,7 @@ def commit(
     for layer, (store, (k, v)) in enumerate(zip(stores, fresh, strict=True)):
         rows = path if layer >= cut else lower
         store.write(k[:, :, rows], v[:, :, rows])
-    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+    _hand_over(stores, keys, values)
 
 
 def stream_logits(
@@ -214,7 +214,7 @@ def stream_logits(
     if not shape.inline:
         stores = _stores(offset, bases, shape.lengths, keys, values)
         run = seams.run_streams(hidden, (offset - 1).reshape(1, 1), stores, decoding=True)
-        keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+        _hand_over(stores, keys, values)
         hidden = run.last_hidden
     return seams.draft_head(hidden)[0]
 
@@ -231,3 +231,14 @@ def _stores(offset: mx.array, bases: list, lengths, keys: list, values: list) ->
         RowStore(k, v, at[id(base)], base, length)
         for k, v, base, length in zip(keys, values, bases, lengths, strict=True)
     ]
+
+
+def _hand_over(stores: list[RowStore], keys: list, values: list) -> None:
+    """Put the buffers back into ``keys``, ``values``.
+
+    A pass and its contexts hold each other until Python collects them. Where nothing is compiled, a
+    buffer that they still held would be copied whole by the next write.
+    """
+    keys[:], values[:] = [s.keys for s in stores], [s.values for s in stores]
+    for store in stores:
+        store.keys = store.values = None

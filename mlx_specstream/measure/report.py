@@ -32,7 +32,8 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 svg { width: 100%; height: auto; } svg.key { width: .8rem; height: .8rem; }
 svg text { fill: var(--ink); font-size: 12px; } text.e { text-anchor: end; } text.m { text-anchor: middle; }
-text.h { font-weight: 600; } line.g { stroke: var(--rule); } line.w { stroke: var(--ink); }
+text.h { font-weight: 600; } text.v { paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
+ line.g { stroke: var(--rule); } line.w { stroke: var(--ink); }
 line.r { stroke: var(--soft); stroke-dasharray: 4 3; } polyline { fill: none; stroke-width: 2; }
 .c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
 .c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); }

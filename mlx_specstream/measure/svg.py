@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 720  # of the drawing, in its own units
-LEFT, RIGHT = 190, 110  # room for names and for values
+LEFT, RIGHT = 180, 140  # room for names and for values
 ROW, BAR = 22, 14  # height of a row and of its bar
 COLOURS = 6
 
@@ -51,7 +51,7 @@ def bars(title: str, groups: list[tuple[str, list[Bar]]], reference: float | Non
         y += 6
     if reference is not None:
         x = LEFT + reference * scale
-        parts.append(f'<line class="r" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y}"/>')
+        parts.insert(0, f'<line class="r" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y}"/>')
     return _svg(title, y, parts)
 
 
@@ -84,12 +84,12 @@ def lines(
     top = max([v for values, _ in series for v in values] + [reference or 0.0, 1e-9])
     step = _step(top)
     top = step * math.ceil(top / step - 1e-9)
-    left, bottom, right = 50, height - 36, WIDTH - 16
+    left, above, bottom, right = 50, 24, height - 36, WIDTH - 16
     low, high = min(xs), max(xs)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - low) / (high - low) if high > low else 0.5
-        return left + across * (right - left), bottom - y / top * (bottom - 12)
+        return left + across * (right - left), bottom - y / top * (bottom - above)
 
     parts = []
     for n in range(round(top / step) + 1):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from .projections import embedding_of
 from .seams import Seams
 
 MOST_ROWS = 256  # of a prompt's end that one pass takes
@@ -17,14 +16,11 @@ def last_rows(seams: Seams, length: int) -> int:
     One, as in mlx-lm: in 16 bits the choice could depend on the number of rows. In float32 on a CPU
     it does not, and all that is left of the prompt may go in one pass, which spares one.
     """
-    exact = (
-        mx.default_device().type == mx.DeviceType.cpu
-        and embedding_of(seams.model).weight.dtype == mx.float32
-    )
-    shared = seams.streams is not None and seams.streams.config.main_sees_streams
-    if not exact or shared or "kv" not in seams.kept:
+    if "kv" not in seams.kept or mx.default_device().type != mx.DeviceType.cpu:
         return 1
-    return min(length, MOST_ROWS)
+    shared = seams.streams is not None and seams.streams.config.main_sees_streams
+    exact = seams.kept["kv"][0][-1] == mx.float32  # K/V have the dtype of the activations
+    return min(length, MOST_ROWS) if exact and not shared else 1
 
 
 def see_to_buffers(seams: Seams, stores: list[KVCache], tokens: mx.array) -> None:

@@ -21,7 +21,6 @@ from functools import cache, wraps
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from ..config import StreamConfig
@@ -33,6 +32,7 @@ from .projections import Projection, embedding_of, projections_of, weight_shape
 from .rope import ROPES, has_table, rope_rows, rope_table, signature, turn
 from .rows import Rows, causal_rows, stream_rows, with_streams
 from .streams import Streams
+from .watch import Watch
 
 
 @dataclass
@@ -138,6 +138,7 @@ class Seams:
         self._stock: list[tuple[nn.Module, type]] = []
         self.streams = streams
         self._swiglu = modules_with_swiglu(model.layers)
+        self.watch = Watch(model, *([streams] if streams else []))
         self.vocabulary_size = weight_shape(embedding_of(model))[0]
         self.cut = self.num_layers - (streams.config.msa_layers if streams else 0)
         self._swap(model, _ModelSeam)
@@ -184,11 +185,6 @@ class Seams:
                 delattr(module, name)
         self._stock.clear()
         return self.model
-
-    def arrays(self) -> list[mx.array]:
-        """Every parameter of model and streams, as they are now."""
-        both = [self.model.parameters(), self.streams.parameters() if self.streams else {}]
-        return [array for _, array in tree_flatten(both)]
 
     def forward(self, run: Pass, tokens: mx.array | None = None, stores: list | None = None):
         """Run the stock model under ``run``. Returns logits of the rows in ``run.take`` [B, r, V].
