@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 DEMO_MODEL := build/e2e-sql-14m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fix dist clean
+.PHONY: help install demo test mac-report lint fix dist clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/installed ## make .venv with the package and its tests
 
@@ -27,6 +27,9 @@ demo: $(DEMO_MODEL)/config.json ## the same text in fewer passes, on the bundled
 
 test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest
+
+mac-report: $(DEMO_MODEL)/config.json ## tests, tune and bench in one report to share (MODEL=..., STREAMS=... for your own model)
+	$(BIN)/python benchmarks/mac_report.py --bundled $(DEMO_MODEL) $(if $(MODEL),--model '$(MODEL)') $(if $(STREAMS),--streams '$(STREAMS)')
 
 lint: $(VENV)/installed ## check style
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[lint]'

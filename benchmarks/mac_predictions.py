@@ -209,7 +209,7 @@ def predict(curve: dict, acceptance: float, tokens: int, seeds: int) -> dict:
         "acceptance": acceptance,
         "usual_rows": usual,
         "share_of_rows": {n: round(sizes[n], 3) for n in sorted(sizes)},
-        "placement": planner.placement(usual, 0),
+        "placement": planner.placement(usual, 0) if usual > 1 else None,
         "tokens_per_pass": round(sum(run.tokens for run in runs) / steps, 3),
         "predicted_speedup": round(
             sum(run.tokens for run in runs) / sum(run.cost for run in runs), 3

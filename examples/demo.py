@@ -8,7 +8,7 @@ from mlx_specstream import blas, load, stream_generate
 
 PROMPTS = (
     "MR: name[The Phoenix], eatType[pub], food[Italian], priceRange[cheap], area[riverside]\nText:",
-    "MR: name[Alimentum], area[city centre], familyFriendly[no], near[Burger King]\nText:",
+    "MR: name[Alimentum], food[Greek], area[city centre], near[Avalon]\nText:",
     "CREATE TABLE table_name_11 (score VARCHAR, date VARCHAR, opponent VARCHAR)\n"
     "Q: What is the score when the opponent is Leeds United?\nSQL:",
 )
@@ -37,8 +37,10 @@ def main():
     parser.add_argument("--streams", required=True)
     args = parser.parse_args()
     model, tokenizer = load(args.model, streams=args.streams)
-    for use_streams in (False, True):  # warm up
-        run(model, tokenizer, PROMPTS[0], use_streams)
+    print("warming up (on Linux this compiles MLX's CPU kernels once, some twenty seconds)", flush=True)
+    for prompt in PROMPTS:
+        for use_streams in (False, True, True):
+            run(model, tokenizer, prompt, use_streams)
     for prompt in PROMPTS:
         seconds = {False: [], True: []}
         outcome = {}

@@ -28,7 +28,7 @@ from .decode.prune import PruneRule
 from .decode.record import Record
 from .errors import BadArgument
 from .model.cache import check_prompt_cache, make_prompt_cache
-from .model.prompt import last_rows, see_to_buffers
+from .model.prompt import feed, last_rows, see_to_buffers
 from .model.seams import Seams, seams_of
 
 NO_LIMIT = 1 << 40  # tokens
@@ -320,8 +320,7 @@ def _streamed(
         last = min(last, prefill_step_size)
         while len(known) - (sure - begin) > last:
             count = min(prefill_step_size, len(known) - 1 - (sure - begin))
-            seams.model(tokens[sure - begin :][:count][None], cache=stores)
-            mx.eval([store.state for store in stores])
+            feed(seams, stores, tokens[sure - begin :][:count])
             sure += count
             progress(sure - begin, len(known))
             mx.clear_cache()

@@ -24,7 +24,7 @@ from mlx_specstream.model.checkpoint import fingerprint, save_streams
 
 MODES = ["mlx-lm", "plain", "streams", "copies", "both", "mlx-lm-draft"]
 OURS = ["streams", "copies", "both"]  # the ones that keep a record
-REPEATS, TOKENS = 2, 12
+REPEATS, TOKENS = 2, 9
 OWN = ["a7 a9 a11 a7 a9 a11 a7", "a5 a6 a60 a61 a5 a6"]
 TUNE = {
     "machine": {"cpu": "x"},
@@ -46,10 +46,11 @@ def folder(tmp_path_factory):
     """A tiny random model as a folder, streams inside."""
     out = tmp_path_factory.mktemp("bench") / "tiny-model"
     out.mkdir()
-    model = make_model("llama")
+    model = make_model("llama", num_hidden_layers=3)
     save_model(out, model)
     save_config(
-        {**COMMON, "model_type": "llama", "tie_word_embeddings": False}, out / "config.json"
+        {**COMMON, "num_hidden_layers": 3, "model_type": "llama", "tie_word_embeddings": False},
+        out / "config.json",
     )
     make_tokenizer(ends=False)._tokenizer.save_pretrained(out)
     config = StreamConfig(num_streams=3, msa_layers=2, lora_rank=6, lora_alpha=9.0)

@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check(args)
+    from ..decode.plan import make_plan
     from ..files import write_text
     from ..measure.bench import about_model, collect, make_modes
     from ..measure.report import page, read_tune
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
     if not streams and (args.tree or args.placement):
         name = "tree" if args.tree else "placement"
         raise BadArgument(f"[{name}] needs streams; load some, or do not set it.")
+    if streams:  # a plan that cannot be made is said now, not after the first answers
+        make_plan(seams.streams.config, args.tree or "chain", args.placement)
     if args.share_weights:
         notes.append("baseline and ours shared one copy of the weights")
     stock, config = _stock(args, model)

@@ -108,6 +108,7 @@ class Conversation:
 
         from ..model.cache import make_prompt_cache
         from ..model.seams import seams_of
+        from ..model.window import can_trim
 
         known = 0
         limit = min(len(tokens) - 1, len(self._fed))  # one token must be left to feed
@@ -117,7 +118,7 @@ class Conversation:
         if self._cache is not None and known:
             if not surplus:
                 return known
-            if mlx_lm_cache.can_trim_prompt_cache(self._cache):
+            if can_trim(self._cache, surplus):
                 mlx_lm_cache.trim_prompt_cache(self._cache, surplus)
                 return known
         streams = seams_of(self.model) is not None and self.keywords["use_streams"]

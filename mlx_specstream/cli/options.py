@@ -26,11 +26,25 @@ def add_streams(parser: argparse.ArgumentParser) -> None:
         help="use streams trained on another base (slower, same text)",
     )
     group.add_argument("--no-streams", action="store_true", help="decode plainly")
-    group.add_argument("--tree", help="chain, cartesian:K or best:M (default: chosen for you)")
+    group.add_argument(
+        "--tree", help="chain, cartesian:K or best:M for every pass (default: planned as it goes)"
+    )
     group.add_argument(
         "--placement",
         choices=("inline", "deferred"),
         help="where streams run (default: chosen for you)",
+    )
+    group.add_argument(
+        "--copies",
+        action=argparse.BooleanOptionalAction,
+        help="draft from the prompt and the text so far, too; needs no streams "
+        "(default: with streams, unless --tree is given)",
+    )
+    group.add_argument(
+        "--guard",
+        type=float,
+        default=0.0,
+        help="leave choices between logits closer than this to a pass of one row (default: off)",
     )
     group.add_argument("--prune-keep", type=int, help="keep this many nodes at the early exit")
     group.add_argument(
@@ -75,8 +89,7 @@ def load_model(args: argparse.Namespace):
 
 def generation_arguments(args: argparse.Namespace) -> dict:
     """Keyword arguments of ``stream_generate`` for streams and sampling."""
-    from mlx_lm.sample_utils import make_sampler
-
+    from ..decode.choose import make_sampler
     from ..decode.prune import PruneRule
     from ..decode.tree import TreeShape
     from ..errors import BadArgument
@@ -87,6 +100,7 @@ def generation_arguments(args: argparse.Namespace) -> dict:
         ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
         ("min_p", 0 <= args.min_p <= 1, "in [0, 1]"),
         ("top_k", args.top_k >= 0, ">= 0"),
+        ("guard", args.guard >= 0, ">= 0"),
     ):
         if not ok:
             raise BadArgument(f"[{name}] must be {rule}, got {getattr(args, name)}.")
@@ -97,11 +111,13 @@ def generation_arguments(args: argparse.Namespace) -> dict:
         prune = PruneRule(args.prune_keep, args.prune_threshold)
     return {
         "max_tokens": check_max_tokens(args.max_tokens),
-        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+        "sampler": make_sampler(args.temp, args.top_p, args.min_p, args.top_k),
         "seed": args.seed,
         "use_streams": not args.no_streams,
         "tree": args.tree,
         "placement": args.placement,
+        "copies": args.copies,
+        "guard": args.guard,
         "prune": prune,
     }
 

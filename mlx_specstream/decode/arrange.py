@@ -19,6 +19,7 @@ from .choose import (
     is_greedy,
 )
 from .copy import Calibration, Copier
+from .costs import Costs
 from .costs_here import costs_for
 from .plan import Fixed, Plan, Planned, Steering, make_plan, placements
 from .planner import Planner
@@ -58,20 +59,26 @@ def make_steering(
             return Fixed(Plan(TreeShape.parse(tree), "deferred"), streams=False)
     elif tree is not None or prune is not None:
         return Fixed(make_plan(config, tree or "best:8", placement, prune))
-    legal = ()
-    if config is not None:
-        legal = (
-            (make_plan(config, "chain", placement).placement,) if placement else placements(config)
-        )
-    key = "planner", legal, copies
+    if placement is not None:
+        make_plan(config, "chain", placement)  # refuses what these streams cannot do
+    key = "planner", placement, with_streams, copies
     if key not in seams.kept:
+        costs = costs_for(seams)
+        if config is not None and placement is None:
+            placement = _cheaper_placement(costs, placements(config))
         seams.kept[key] = Planner(
-            costs_for(seams),
-            placements=legal or ("deferred",),
+            costs,
+            placements=(placement or "deferred",),
             streams=config.num_streams if config else 0,
             copies=copies,
         )
     return Planned(seams.kept[key])
+
+
+def _cheaper_placement(costs: Costs, legal: tuple[str, ...]) -> str:
+    """Where the streams of a small tree cost less; one for all passes, so that there are few traces."""
+    context = costs.contexts[len(costs.contexts) // 2]
+    return min(legal, key=lambda placement: costs.streams_at(placement, 5, context))
 
 
 def make_copier(seams: Seams, tokenizer, tokens: mx.array) -> Copier:

@@ -31,7 +31,19 @@ def default_costs_of(seams: Seams) -> Costs:
         seams.num_layers,
         config.msa_layers if config else 1,
         streams=config.num_streams if config else 4,
-        linear=mx.default_device() == mx.cpu and blas.is_slow(),
+        linear=_rows_cost_like_tokens(seams),
+    )
+
+
+def _rows_cost_like_tokens(seams: Seams) -> bool:
+    """The reference BLAS, and affine quantisation on M1 and M2, read the weights once per row."""
+    if mx.default_device() == mx.cpu:
+        return blas.is_slow()
+    old = any(g in str(mx.device_info().get("architecture", "")) for g in ("g13", "g14"))
+    return old and any(
+        getattr(m, "mode", "affine") == "affine"
+        for _, m in seams.model.named_modules()
+        if hasattr(m, "bits")
     )
 
 

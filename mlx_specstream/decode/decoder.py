@@ -62,6 +62,7 @@ class _Flight:
     verified: Verified
     copied: Copied | None
     seconds: float
+    recheck: bool
 
 
 class Decoder:
@@ -175,12 +176,15 @@ class Decoder:
         self._streams_s, self._draft_s = streams_s, time.perf_counter() - tic
         if self._splits:
             mx.eval(verified.logits)
-        self._flight = _Flight(shape, plan, self.place, verified, copied, time.perf_counter() - tic)
+        seconds = time.perf_counter() - tic
+        self._flight = _Flight(shape, plan, self.place, verified, copied, seconds, self.recheck)
 
     def _run_prompt(self, plan: NextPass) -> tuple[PassShape, Verified]:
         """The end of the prompt and its own choice in one go."""
         rows, buffers = self._prompt.size, self.buffers
-        shape = replace(self._shape(plan, None, None, rows), inline=False, prune=None)
+        shape = self._shape(plan, None, None, rows)
+        # One choice, which has no other pass to be left to.
+        shape = replace(shape, inline=False, prune=None, guard=0.0)
         bases = [buffers.bases[i] for i in buffers.base_of]
         keys, values = list(buffers.keys), list(buffers.values)
         verified = prompt_pass(self.seams, shape, self._prompt, self._offset, bases, keys, values)
@@ -297,11 +301,11 @@ class Decoder:
             self.copier.extend(tokens)
             if flight.copied is not None and flight.copied.tokens:
                 self._credit(flight, tokens)
-        right = len(path) - 1 + tie if path else 0
+        right = max(len(path) - 1 + tie, 0)  # a path that ends before a near-tie lacks that node
         if flight.place:  # the prompt's own pass drafts nothing
-            self.steering.observe(flight.plan, self.buffers.offset, max(right, 0))
+            self.steering.observe(flight.plan, self.buffers.offset, right)
         if self.record is not None and flight.place:
-            self._note(flight, path, tie, waited)
+            self._note(flight, path, right, waited)
         if ended:
             self._redraft(flight, accepted, path, False)
         elif path:
@@ -319,19 +323,19 @@ class Decoder:
             right += 1
         self.copier.observe(flight.copied, right, min(tried, len(chosen)))
 
-    def _note(self, flight, path, tie, waited) -> None:
+    def _note(self, flight, path, right, waited) -> None:
         copied = np.array(flight.verified.tree.copied)[path].sum() if path else 0
         self.record.passes.append(
             PassRecord(
                 nodes=flight.plan.nodes,
-                accepted=max(len(path) - 1, 0),
+                accepted=right,
                 copied=int(copied),
                 streams=flight.plan.streams,
                 base_s=waited if not self._splits else flight.seconds,
                 streams_s=self._streams_s,
                 draft_s=self._draft_s,
                 host_s=0.0 if not self._splits else waited,
-                recheck=tie,
+                recheck=flight.recheck,
             )
         )
 

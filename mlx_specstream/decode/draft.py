@@ -40,7 +40,9 @@ class CopiedText(NamedTuple):
     logprobs: mx.array
 
 
-def guesses_from(logits: mx.array, count: int, vocabulary: mx.array | None = None) -> Guesses:
+def guesses_from(
+    logits: mx.array, count: int, vocabulary: mx.array | None = None, normal: bool = False
+) -> Guesses:
     """The ``count`` likeliest tokens of each stream; logits [g, V].
 
     The probabilities are those among the blocks of tokens that hold the likeliest ones: without an
@@ -48,7 +50,8 @@ def guesses_from(logits: mx.array, count: int, vocabulary: mx.array | None = Non
     way every time; the planner's running calibration takes that out.
 
     Args:
-        vocabulary: token ids of the columns, int32 [V], where the head gave only some (rows.py).
+        vocabulary: token ids of the columns, int32 [V], where the head gave only some.
+        normal: these are log-probabilities already.
     """
     logits = logits.astype(mx.float32)
     g, V = logits.shape
@@ -62,8 +65,9 @@ def guesses_from(logits: mx.array, count: int, vocabulary: mx.array | None = Non
         ids = (best[:, :, None] * BLOCK + mx.arange(BLOCK)).reshape(g, -1)
     top = mx.argsort(-logits, axis=-1)[:, :count]
     tokens = top if ids is None else mx.take_along_axis(ids, top, axis=-1)
-    norm = mx.logsumexp(logits, axis=-1, keepdims=True)
-    logprobs = mx.take_along_axis(logits, top, axis=-1) - norm
+    logprobs = mx.take_along_axis(logits, top, axis=-1)
+    if not normal:
+        logprobs = logprobs - mx.logsumexp(logits, axis=-1, keepdims=True)
     if vocabulary is not None:
         tokens = vocabulary[tokens]
     return Guesses(tokens.astype(mx.int32), logprobs)

@@ -61,7 +61,8 @@ class _Probe(Decoder):
     """A decoder whose draft is always there, whether streams run or not."""
 
     def __init__(self, seams: Seams, stores: list, script: _Script):
-        super().__init__(seams, stores, [1], Greedy(), script)
+        with_streams = seams.streams is not None
+        super().__init__(seams, stores, [1], Greedy(), script, streams=with_streams)
         depth = seams.streams.config.num_streams if seams.streams else 4
         count = script.candidates(seams.vocabulary_size)
         tokens = np.arange(depth * count).reshape(depth, count) % seams.vocabulary_size

@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from .seams import Seams
+from .window import WindowedKVCache
 
 MOST_ROWS = 256  # of a prompt's end that one pass takes
 
@@ -21,6 +22,22 @@ def last_rows(seams: Seams, length: int) -> int:
     shared = seams.streams is not None and seams.streams.config.main_sees_streams
     exact = seams.kept["kv"][0][-1] == mx.float32  # K/V have the dtype of the activations
     return min(length, MOST_ROWS) if exact and not shared else 1
+
+
+def feed(seams: Seams, stores: list[KVCache], tokens: mx.array) -> None:
+    """Run prompt tokens, int32 [r], into the cache; interrupted, the cache is as before."""
+    # A sliding window drops rows when it takes new ones, so trimming would not bring it back.
+    windowed = [(s, s.state) for s in stores if isinstance(s, WindowedKVCache) and not s.empty()]
+    begin = stores[0].offset
+    try:
+        seams.model(tokens[None], cache=stores)
+        mx.eval([store.state for store in stores])
+    except BaseException:
+        for store, state in windowed:
+            store.state = state
+        for store in stores:
+            store.trim(store.offset - begin)
+        raise
 
 
 def see_to_buffers(seams: Seams, stores: list[KVCache], tokens: mx.array) -> None:

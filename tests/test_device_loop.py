@@ -1,0 +1,266 @@
+"""The loop on the device: K/V are written in place, compiled passes are the same passes."""
+
+import time
+from contextlib import contextmanager
+
+import mlx.core as mx
+import pytest
+from reference import assert_close
+from steps import Watched, decoder_for
+from tiny_models import attached, make_tokenizer
+
+from mlx_specstream.decode import decoder as loop
+from mlx_specstream.decode.buckets import MOST, Buckets, round_up
+from mlx_specstream.decode.choose import Drawn, Greedy, TemperatureSampler
+from mlx_specstream.decode.copy import Copier
+from mlx_specstream.decode.plan import Fixed, make_plan
+from mlx_specstream.decode.prune import PruneRule
+from mlx_specstream.model.cache import make_prompt_cache
+
+PROMPT = [53, 56, 8, 26, 42, 33]
+TREE = "best:70"  # some draft is always accepted, and seldom the first nodes
+SMALL, LARGE, HUGE = 256, 16384, 65536  # rows of a buffer
+ROW = 2 * 24 * 4  # bytes: K/V heads x head size x float32
+LAYERS = 5
+FOREVER = 1 << 30
+
+
+@contextmanager
+def compiled():
+    mx.enable_compile()
+    try:
+        yield
+    finally:
+        mx.disable_compile()
+
+
+class Roomy(Watched):
+    """A decoder behind PROMPT in buffers of ``capacity`` rows, which says how it committed."""
+
+    def __init__(self, seams, capacity, tree, placement="deferred", prune=None, chooser=None):
+        stores = make_prompt_cache(seams.model)
+        for store in stores:
+            store.keys, store.values = mx.zeros((2, 1, 2, capacity, 24))
+        seams.model(mx.array([PROMPT[:-1]]), cache=stores)
+        mx.eval([store.state for store in stores])
+        assert all(store.keys.shape[2] == capacity for store in stores)
+        plan = Fixed(make_plan(seams.streams.config, tree, placement, prune))
+        super().__init__(seams, stores, PROMPT[-1:], chooser or Greedy(), plan)
+        self.moved = 0  # how many commits had rows to move
+
+    def _redraft(self, flight, accepted, path, streams):
+        self.moved += path != list(range(len(path)))
+        return super()._redraft(flight, accepted, path, streams)
+
+    def timed_step(self):
+        mx.synchronize()
+        tic = time.perf_counter()
+        self.step(FOREVER, ())
+        mx.synchronize()
+        return time.perf_counter() - tic
+
+
+def extra_memory(decoder, steps=8, hold=None):
+    """The most memory that a step takes on top of what was there before it, in bytes."""
+    for _ in range(3):
+        decoder.step(FOREVER, ())
+    most = 0
+    for _ in range(steps):
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        held = list(getattr(decoder.buffers, hold)) if hold else []
+        decoder.step(FOREVER, ())
+        mx.synchronize()
+        most = max(most, mx.get_peak_memory() - before)
+        held.clear()
+    return most
+
+
+WAYS = {
+    "deferred": (TREE, "deferred"),
+    "inline": ("best:30", "inline"),
+    "pruned": ("best:30", "deferred", PruneRule(keep=9)),
+    "pruned inline": ("best:30", "inline", PruneRule(keep=9)),
+    "drawn": ("best:30", "deferred", None, Drawn(TemperatureSampler(0.8), 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def seams():
+    return attached(prune_rank=8)
+
+
+# --- nothing is copied ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_step_copies_a_buffer(seams, way):
+    """Pass, commit and streams take as much memory with room for 16384 rows as with 256."""
+    small, large = (Roomy(seams, capacity, *WAYS[way]) for capacity in (SMALL, LARGE))
+    more = extra_memory(large) - extra_memory(small)
+    assert more < LARGE * ROW / 8, f"{more} bytes more; one buffer has {LARGE * ROW}"
+    assert min(small.moved, large.moved) >= 3, "no commit had rows to move"
+
+
+def test_no_compiled_step_copies_a_buffer(seams):
+    with compiled():
+        small, large = (Roomy(seams, capacity, TREE) for capacity in (SMALL, LARGE))
+        more = extra_memory(large) - extra_memory(small)
+    assert more < LARGE * ROW / 8
+    assert large.moved >= 3
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("hold", ["keys", "values"])
+def test_a_copy_would_be_noticed(seams, hold, compiling):
+    """A buffer that somebody holds is copied when it is written: then memory does grow."""
+    with compiled() if compiling else contextmanager(lambda: (yield))():
+        taken = extra_memory(Roomy(seams, LARGE, TREE), steps=2, hold=hold)
+    assert taken > LAYERS * LARGE * ROW
+
+
+def test_time_per_step_does_not_grow_with_the_buffer(seams):
+    """Interleaved, and the fastest step of each, because the machine has other work."""
+    small, huge = (Roomy(seams, capacity, "chain") for capacity in (SMALL, HUGE))
+    for _ in range(2):
+        small.step(FOREVER, ())
+        huge.step(FOREVER, ())
+    times = [(small.timed_step(), huge.timed_step()) for _ in range(12)]
+    fast, slow = (min(column) for column in zip(*times, strict=True))
+    assert slow < 2 * fast, f"{1e3 * fast:.1f} ms a step grew to {1e3 * slow:.1f} ms"
+
+
+# --- compiled steps are the same steps ---
+
+
+def answer(seams, tree, placement, chooser=None, text=None, length=24, **options):
+    """(tokens of every step, guesses before every pass, K/V) of an answer behind PROMPT."""
+    prompt = text or PROMPT
+    if text:
+        options["copier"] = Copier(make_tokenizer(), text)
+    decoder = decoder_for(seams, prompt, tree, placement, chooser=chooser, **options)
+    steps, stores = [], decoder.buffers.stores
+    while sum(map(len, steps)) < length:
+        steps.append(decoder.step(length - sum(map(len, steps)), ()).tokens)
+    decoder.close()
+    return steps, decoder.guessed, [store.keys_and_values() for store in stores]
+
+
+COMPILED = {
+    "best": (TREE, "deferred"),
+    "chain inline": ("chain", "inline"),
+    "cartesian": ("cartesian:3", "deferred"),
+    "drawn": (TREE, "inline", Drawn(TemperatureSampler(0.7), 5)),
+    "copies": ("best:12", "deferred", None, PROMPT * 3),
+}
+
+
+def check_equal(got, want):
+    assert got[0] == want[0]
+    for n, (a, b) in enumerate(zip(got[1], want[1], strict=True)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.tokens.tolist() == b.tokens.tolist(), f"guesses of step {n}"
+            assert_close(a.logprobs, b.logprobs, 1e-5, f"guesses of step {n}")
+    for layer, (a, b) in enumerate(zip(got[2], want[2], strict=True)):
+        assert_close(a[0], b[0], 1e-5, f"keys of layer {layer}")
+        assert_close(a[1], b[1], 1e-5, f"values of layer {layer}")
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled_steps_equal_plain_ones(seams, way):
+    want = answer(seams, *COMPILED[way])
+    seams.kept.clear()
+    with compiled():
+        got = answer(seams, *COMPILED[way])
+        again = answer(seams, *COMPILED[way])  # with traces that another answer left
+    seams.kept.clear()
+    check_equal(got, want)
+    check_equal(again, want)
+    assert any(len(step) > 1 for step in want[0]), "nothing was accepted"
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts how often Python runs the parts of a step: once per trace, if they are compiled."""
+    calls = []
+    for name in ("verify_pass", "commit", "stream_logits"):
+        whole = getattr(loop, name)
+
+        def counted(*args, _name=name, _whole=whole):
+            calls.append(_name)
+            return _whole(*args)
+
+        monkeypatch.setattr(loop, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("tree", [TREE, "chain"])
+def test_an_answer_needs_few_traces(seams, traces, tree):
+    seams.kept.clear()
+    with compiled():
+        steps, _, _ = answer(seams, tree, "deferred", length=40)
+        first = len(traces)
+        assert len(steps) > 15
+        answer(seams, tree, "deferred", length=40)
+    made = len(seams.kept["buckets"])
+    assert 2 <= made <= 6
+    # The prompt's own pass is not compiled; a trace of commit and streams runs both parts.
+    assert first <= 1 + 2 * made
+    assert len(traces) - first <= 1, "the second answer made traces again"
+    seams.kept.clear()
+
+
+def test_a_replaced_weight_is_seen(seams):
+    """Traces hold the weights they were made with, so they go when one is replaced."""
+    streams, linear = seams.streams, seams.model.layers[1].mlp.down_proj
+    for module, name in (
+        (linear, "weight"),
+        (streams, "embeddings"),
+        (streams.lora[1]["v_proj"], "b"),
+    ):
+        with compiled():
+            before = answer(seams, TREE, "deferred", length=9)
+            old = module[name]
+            module[name] = old + 0.7 * mx.random.normal(old.shape, key=mx.random.key(3))
+            after = answer(seams, TREE, "deferred", length=9)
+        want = answer(seams, TREE, "deferred", length=9)
+        check_equal(after, want)
+        with pytest.raises(AssertionError):
+            check_equal(before, want)
+        module[name] = old
+    seams.kept.clear()
+
+
+def test_old_traces_are_forgotten():
+    buckets, made = Buckets(), []
+
+    def use(key):
+        def make():
+            made.append(key)
+            return lambda: key
+
+        return buckets.get(key, make, compiled=False)()
+
+    assert [use(key) for key in range(MOST)] == list(range(MOST))
+    assert use(0) == 0  # now the latest one
+    assert made == list(range(MOST))
+    assert use("new") == "new"
+    assert len(buckets) == MOST
+    assert 0 in buckets
+    assert 1 not in buckets
+    assert use(1) == 1
+    assert made == [*range(MOST), "new", 1]
+    buckets.clear()
+    assert len(buckets) == 0
+
+
+@pytest.mark.parametrize("length", [1, 31, 64, 65, 500, 513, 4095, 4097, 10_001])
+def test_few_buckets_and_little_waste(length):
+    rounded = round_up(length)
+    assert length <= rounded <= max(length + 64, 1.5 * length)
+    assert round_up(rounded) == rounded
+    lengths = {round_up(n) for n in range(1, length + 1)}
+    assert len(lengths) <= 9 + length / 256
