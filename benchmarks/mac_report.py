@@ -19,7 +19,9 @@ from mlx_specstream.measure.report import page
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMS = ROOT / "examples/streams/e2e-sql-14m"
-PROMPTS = ROOT / "benchmarks/e2e-sql.jsonl"  # what the bundled model can do; other text makes it loop
+PROMPTS = (
+    ROOT / "benchmarks/e2e-sql.jsonl"
+)  # what the bundled model can do; other text makes it loop
 
 
 def self_test() -> dict:

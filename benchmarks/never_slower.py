@@ -18,6 +18,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +27,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import load as load_stock
 from mlx_lm import stream_generate as stock_stream_generate
 from mlx_lm.sample_utils import make_sampler as make_opaque_sampler
-from speed import seconds
 from tasks import valid_sample
 
 from mlx_specstream.config import StreamConfig
@@ -70,6 +70,12 @@ def random_prompts(seams: Seams, count: int, length: int) -> list[list[int]]:
     return [[draw.randrange(3, seams.vocabulary_size) for _ in range(length)] for _ in range(count)]
 
 
+def seconds(generate, *args, **kwargs) -> tuple[float, list]:
+    tic = time.perf_counter()
+    out = list(generate(*args, **kwargs))
+    return time.perf_counter() - tic, out
+
+
 def forget(seams: Seams) -> None:
     """What planner and copier learned of the answers so far."""
     for key in [k for k in seams.kept if k == "copies" or "planner" in k]:
@@ -98,13 +104,13 @@ def run_case(name, args, stock, tokenizer, models) -> dict:
             said = {}
             for way in order:
                 if way is None:
-                    now, out = seconds(
+                    now, out, _ = seconds(
                         stock_stream_generate, stock, tokenizer, prompt, **options, **samplers[1]
                     )
                 else:
                     if not args.keep:
                         forget(seams)
-                    now, out = seconds(
+                    now, out, _ = seconds(
                         mlx_specstream.stream_generate,
                         model,
                         tokenizer,
@@ -189,7 +195,6 @@ def main():
                 contexts=tuple(args.contexts),
                 repeats=args.cost_repeats,
             )
-            seams.kept["costs"] = costs
             save_profile(costs_key(seams), {"costs": costs.to_json()})
             results["costs"][name] = costs.to_json()
             print(f"measured the costs with {name} streams", flush=True)

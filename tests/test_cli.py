@@ -79,12 +79,13 @@ def test_generate_gives_the_plain_text_in_fewer_passes(capsys):
     code, plain, plain_err = run(capsys, "generate", *COMMON, "-p", PROMPT, "--no-streams")
     assert code == 0
     assert "1.00 tokens-per-pass" in plain_err
-    for more in ([], ["--tree", "cartesian:2"], ["--placement", "inline", "--tree", "best:7"]):
+    fixed = ["--tree", "cartesian:2"], ["--placement", "inline", "--tree", "best:7"]
+    for more in ([], ["--copies", "--guard", "0.01", "--tree", "best:5"], *fixed):
         code, out, err = run(capsys, "generate", *COMMON, "-p", PROMPT, *more)
         assert code == 0
         assert out == plain
         rate = float(err.split(" tokens-per-pass")[0].split()[-1])
-        assert rate > 1.5
+        assert rate > (1.5 if more else 1.0)  # the planner is careful until it knows the text
 
 
 def test_generate_reads_stdin_and_seeds(capsys, monkeypatch):

@@ -87,6 +87,7 @@ def command(hub: str, cache: Path, *argv: str, **environment: str):
 
 def test_a_hub_id_brings_model_and_streams(hub, tmp_path):
     argv = ["generate", "--model", "someone/model", "-p", "MR: name[Aromi]\nText:", "-m", "20"]
+    argv += ["--tree", "best:8"]
     done = command(hub, tmp_path, *argv)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

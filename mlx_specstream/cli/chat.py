@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadArgument("[chat] this model has no chat template; use mlx-specstream generate.")
     seams = seams_of(model)
     if seams is not None:  # a plan that cannot be made is said now, not after the first message
-        make_plan(seams.streams.config, args.tree, args.placement, keywords["prune"])
+        make_plan(seams.streams.config, args.tree or "chain", args.placement, keywords["prune"])
     conversation = Conversation(model, tokenizer, args.system_prompt, keywords)
     read = _reader()
     show_stats = True
