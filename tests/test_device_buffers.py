@@ -171,7 +171,7 @@ def test_prompts_that_must_not_end_in_one_pass():
 # --- what is in the caller's cache when an answer is stopped ---
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 9])
+@pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize(
     "options", [{}, {"tree": "best:12", "copies": True}, {"copies": True}], ids=str
 )
@@ -191,7 +191,7 @@ PLACES = ["prompt_pass", "verify_pass", "commit", "stream_logits", "_read", "_af
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("strike", [1, 2, 4])
+@pytest.mark.parametrize("strike", [1, 3])
 @pytest.mark.parametrize("place", PLACES)
 def test_the_cache_after_an_interrupt(seams, monkeypatch, place, strike, late):
     """Ctrl-C before or behind a part of a step: the tokens that were given stay, and no others."""

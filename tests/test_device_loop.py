@@ -1,12 +1,13 @@
 """The loop on the device: K/V are written in place, compiled passes are the same passes."""
 
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import mlx.core as mx
 import pytest
 from reference import assert_close
 from steps import Watched, decoder_for
+from test_sampling import compiled
 from tiny_models import attached, make_tokenizer
 
 from mlx_specstream.decode import decoder as loop
@@ -23,15 +24,6 @@ SMALL, LARGE, HUGE = 256, 16384, 65536  # rows of a buffer
 ROW = 2 * 24 * 4  # bytes: K/V heads x head size x float32
 LAYERS = 5
 FOREVER = 1 << 30
-
-
-@contextmanager
-def compiled():
-    mx.enable_compile()
-    try:
-        yield
-    finally:
-        mx.disable_compile()
 
 
 class Roomy(Watched):
@@ -116,7 +108,7 @@ def test_no_compiled_step_copies_a_buffer(seams):
 @pytest.mark.parametrize("hold", ["keys", "values"])
 def test_a_copy_would_be_noticed(seams, hold, compiling):
     """A buffer that somebody holds is copied when it is written: then memory does grow."""
-    with compiled() if compiling else contextmanager(lambda: (yield))():
+    with compiled() if compiling else nullcontext():
         taken = extra_memory(Roomy(seams, LARGE, TREE), steps=2, hold=hold)
     assert taken > LAYERS * LARGE * ROW
 
@@ -152,7 +144,7 @@ COMPILED = {
     "best": (TREE, "deferred"),
     "chain inline": ("chain", "inline"),
     "cartesian": ("cartesian:3", "deferred"),
-    "drawn": (TREE, "inline", Drawn(TemperatureSampler(0.7), 5)),
+    "drawn": (TREE, "deferred", Drawn(TemperatureSampler(0.7), 5)),
     "copies": ("best:12", "deferred", None, PROMPT * 3),
 }
 
@@ -169,10 +161,17 @@ def check_equal(got, want):
         assert_close(a[1], b[1], 1e-5, f"values of layer {layer}")
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """The traces of all of these answers, so that none may be taken for another."""
+    return Buckets()
+
+
 @pytest.mark.parametrize("way", COMPILED)
-def test_compiled_steps_equal_plain_ones(seams, way):
-    want = answer(seams, *COMPILED[way])
+def test_compiled_steps_equal_plain_ones(seams, shared, way):
     seams.kept.clear()
+    want = answer(seams, *COMPILED[way])
+    seams.kept["buckets"] = shared
     with compiled():
         got = answer(seams, *COMPILED[way])
         again = answer(seams, *COMPILED[way])  # with traces that another answer left

@@ -65,6 +65,8 @@ class _Probe(Decoder):
         super().__init__(seams, stores, [1], Greedy(), script, streams=with_streams)
         depth = seams.streams.config.num_streams if seams.streams else 4
         count = script.candidates(seams.vocabulary_size)
+        if depth == 1:  # every node below the root is a guess of the one stream
+            count = min(max(count, script.nodes - 1), seams.vocabulary_size)
         tokens = np.arange(depth * count).reshape(depth, count) % seams.vocabulary_size
         self._fixed = Guesses(
             mx.array(tokens.astype(np.int32)),
