@@ -104,13 +104,13 @@ def run_case(name, args, stock, tokenizer, models) -> dict:
             said = {}
             for way in order:
                 if way is None:
-                    now, out, _ = seconds(
+                    now, out = seconds(
                         stock_stream_generate, stock, tokenizer, prompt, **options, **samplers[1]
                     )
                 else:
                     if not args.keep:
                         forget(seams)
-                    now, out, _ = seconds(
+                    now, out = seconds(
                         mlx_specstream.stream_generate,
                         model,
                         tokenizer,

@@ -37,7 +37,10 @@ def main():
     parser.add_argument("--streams", required=True)
     args = parser.parse_args()
     model, tokenizer = load(args.model, streams=args.streams)
-    print("warming up (on Linux this compiles MLX's CPU kernels once, some twenty seconds)", flush=True)
+    print(
+        "warming up (on Linux this compiles MLX's CPU kernels once, some twenty seconds)",
+        flush=True,
+    )
     for prompt in PROMPTS:
         for use_streams in (False, True, True):
             run(model, tokenizer, prompt, use_streams)
