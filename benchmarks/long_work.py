@@ -4,11 +4,11 @@
         --out benchmarks/results/long_work.json
 
 Every way is a process of its own, and end-of-text is ignored. After the first token and after every
-1,000: active memory, the peak since the last mark, MLX's buffer cache, the process' own peak. The ratio is
-our highest peak over mlx-lm's, with what the first token needed and behind it; beside it the same
-without the bytes of streams and of their merged weights, which stay the same. Then a small random
-gemma3_text with sliding windows: how many rows each layer
-stores at the end, here and with mlx-lm, and how many it may.
+1,000: active memory, the peak since the last mark, MLX's buffer cache, the process' own peak. The
+ratio is our highest peak over mlx-lm's, with what the first token needed and behind it; beside it the
+same without the bytes of streams and of their merged weights, which stay the same. Then a small
+random gemma3_text with sliding windows: how many rows each layer stores at the end, here and with
+mlx-lm, and how many it may.
 """
 
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
