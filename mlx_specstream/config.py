@@ -30,6 +30,8 @@ class StreamConfig:
         value_rotation: 0 means learned embeddings P_j; else epsilon of V * exp(i * epsilon * j)
             (V1 App. B, Eq. 7), and there are no P_j.
         prune_rank: rank theta of the early-exit head for tree pruning; 0 means none.
+        condition_rank: rank of the map that corrects a stream's guess by the token that was guessed
+            (or, for the first stream, chosen) before it; 0 means none.
 
     Raises:
         BadArgument: a value breaks its rule.
@@ -45,6 +47,7 @@ class StreamConfig:
     init_rank: int = 0
     value_rotation: float = 0.0
     prune_rank: int = 0
+    condition_rank: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
@@ -54,6 +57,7 @@ class StreamConfig:
             ("lora_rank", 0),
             ("init_rank", 0),
             ("prune_rank", 0),
+            ("condition_rank", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

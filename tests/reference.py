@@ -132,9 +132,14 @@ class Reference:
     # --- one step ---
 
     def draft(self, guesses, kind, size):
-        """Paths below the root, as tuples of tokens; guesses are log-probabilities [gamma, V]."""
+        """Paths below the root, as tuples of tokens.
+
+        Guesses are log-probabilities [gamma, V], or [gamma, V, V] given the token before.
+        """
         if guesses is None:
             return []
+        if guesses.ndim == 3:
+            return self.draft_given_parents(guesses, kind, size)
         if kind == "best":  # every path there is, most probable first
             every = [
                 (sum(guesses[d][t] for d, t in enumerate(path)), path)
@@ -145,6 +150,43 @@ class Reference:
         top = [np.argsort(-row, kind="stable")[: 1 if kind == "chain" else size] for row in guesses]
         lengths = range(1, len(top) + 1)
         return [tuple(map(int, p)) for length in lengths for p in product(*top[:length])]
+
+    def draft_given_parents(self, guesses, kind, size):
+        """As ``draft``; a best-first tree holds a path only with those of no higher ranks."""
+        found = []
+
+        def extend(path, score, ranks, above):
+            if len(path) == len(guesses):
+                return
+            edges = guesses[len(path), path[-1] if path else 0]
+            for rank, token in enumerate(np.argsort(-edges, kind="stable")):
+                before = [*above, (above[-1] if above else 1) * (rank + 1)]
+                if (kind == "best" and sum(before) > size - 1) or (kind != "best" and rank >= size):
+                    break
+                found.append((score + edges[token], (*path, int(token))))
+                extend(found[-1][1], found[-1][0], (*ranks, rank), before)
+
+        extend((), 0.0, (), [])
+        if kind != "best":
+            return [path for _, path in sorted(found, key=lambda e: len(e[1]))]
+        return [path for _, path in sorted(found, key=lambda e: -e[0])[: size - 1]]
+
+    def given_parents(self, hidden, root):
+        """Log-probabilities [gamma, V, V] of each stream given the token before (the first: root).
+
+        hidden: the streams' last states, gamma x [E].
+        """
+        said, s = [], {n.removeprefix("condition."): x for n, x in self.s.items()}
+        for j, h in enumerate(hidden):
+            rms, rows = np.sqrt(np.mean(h * h)), []
+            for before in self.w["model.embed_tokens.weight"]:
+                if j == 0:
+                    before = self.w["model.embed_tokens.weight"][root]
+                e = before / np.sqrt(np.mean(before * before))
+                u = e @ s["a"][j] + (h / rms) @ s["c"][j] + s["d"][j, 0]
+                rows.append(self.log_probs(h + rms * (u / (1 + np.exp(-u))) @ s["b"][j]))
+            said.append(rows)
+        return np.array(said)
 
     def prune(self, paths, rows, keep, threshold):
         """Early exit (method 1.6): which paths stay, by P(child | parent) at the cut."""
@@ -159,7 +201,7 @@ class Reference:
         return [p for p in paths if p in best]
 
     def step(self, root, guesses, *, kind, size, limit, stop=(), keep=None, threshold=None):
-        """Returns tokens, log-probabilities of the next streams [gamma, V], paths, kept paths."""
+        """Returns tokens, what the next streams say (as ``draft`` takes it), paths, kept paths."""
         paths = [(), *self.draft(guesses, kind, size)]
         embedding, start = self.w["model.embed_tokens.weight"], len(self.cache[0])
 
@@ -212,7 +254,10 @@ class Reference:
         for cached, new in zip(self.cache, passed, strict=True):
             cached += [new[path[:d]] for d in range(len(path) + 1)]
         first = len(kept) + kept.index(path) * self.gamma
-        streams = np.stack([self.log_probs(rows[first + j]["x"]) for j in range(self.gamma)])
+        hidden = [rows[first + j]["x"] for j in range(self.gamma)]
+        if "condition.a" in self.s:
+            return tokens, self.given_parents(hidden, tokens[-1]), paths, kept
+        streams = np.stack([self.log_probs(x) for x in hidden])
         return tokens, streams, paths, kept
 
 

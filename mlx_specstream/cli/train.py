@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --streams"
     )
+    parser.add_argument(
+        "--begin-from",
+        type=Path,
+        metavar="STREAMS",
+        help="begin with the values of a streams folder of this model, as far as they fit",
+    )
     run_ = parser.add_argument_group("run")
     run_.add_argument("--iters", type=int, help="steps (default: 3000)")
     run_.add_argument("--minutes", type=float, help="train for this long instead of --iters")
@@ -69,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prune-rank", type=int, default=0, help="rank of an early-exit head for pruning; 0: none"
     )
     shape.add_argument(
+        "--condition-rank",
+        type=int,
+        default=0,
+        help="rank of the map that corrects a guess by the token before it; 0: none",
+    )
+    shape.add_argument(
         "--value-rotation", type=float, default=0.0, help="epsilon; replaces the stream embeddings"
     )
     shape.add_argument(
@@ -106,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
         "stream_position": args.stream_position,
         "init_rank": args.init_rank,
         "prune_rank": args.prune_rank,
+        "condition_rank": args.condition_rank,
         "value_rotation": args.value_rotation,
     }
     StreamConfig(**shape, msa_layers=args.msa_layers if args.msa_layers is not None else 1)
@@ -128,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
                 max_length=args.max_seq_length,
                 draft_vocabulary=args.draft_vocabulary,
                 resume=args.resume,
+                begin_from=args.begin_from,
                 report=display.step,
                 note=display.note,
             )

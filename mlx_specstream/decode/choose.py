@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import sample_utils
 
-from .draft import Guesses, guesses_from
+from .draft import Guesses, conditioned, guesses_from
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -119,9 +119,20 @@ class Greedy:
         # mlx-lm takes the argmax of log-probabilities: in 16 bits rounding makes ties of some.
         return logprobs_of(logits)
 
-    def guesses(self, logits: mx.array, count: int, place: int, vocabulary=None) -> Guesses:
-        """The streams' guesses for the tokens number ``place``, ``place + 1``, ..; logits [g, V]."""
-        return guesses_from(logits, count, vocabulary)
+    def guesses(self, logits, count: int, place: int, vocabulary=None, change=None) -> Guesses:
+        """The streams' guesses for the tokens number ``place``, ``place + 1``, ..
+
+        Args:
+            logits: of the streams [g, V].
+            vocabulary: as of ``guesses_from``.
+            change: what the guess before adds to logits, tokens [g, K] -> [g, K, K]; None: nothing.
+        """
+        found = guesses_from(logits, count, vocabulary)
+        return (
+            found
+            if change is None
+            else Guesses(found.tokens, conditioned(found.logprobs, change(found.tokens)))
+        )
 
 
 class Drawn:
@@ -145,15 +156,22 @@ class Drawn:
         )
         return self.sampler.scores(logprobs_of(logits)) + noise[depth]
 
-    def guesses(self, logits: mx.array, count: int, place: int, vocabulary=None) -> Guesses:
+    def guesses(self, logits, count: int, place: int, vocabulary=None, change=None) -> Guesses:
         if not self.coupled:
-            return guesses_from(logits, count, vocabulary)
+            return Greedy().guesses(logits, count, place, vocabulary, change)
         rows = [self.noise(place + j, self._width) for j in range(logits.shape[0])]
         noise = mx.concatenate(rows)
         if vocabulary is not None:
             noise = noise[:, vocabulary]
         p = mx.softmax(self.sampler.scores(logprobs_of(logits)).astype(mx.float32), axis=-1)
-        return guesses_from(mx.log(drawn_given_noise(p, noise)), count, vocabulary, normal=True)
+        drawn = guesses_from(mx.log(drawn_given_noise(p, noise)), count, vocabulary, normal=True)
+        if change is None:
+            return drawn
+        tokens = drawn.tokens
+        at = tokens if vocabulary is None else mx.argmax(vocabulary == tokens[..., None], axis=-1)
+        p, noise = (mx.take_along_axis(x, at, axis=-1) for x in (p, noise))
+        p = mx.exp(conditioned(mx.log(p), change(tokens) / self.sampler.temp))
+        return Guesses(tokens, mx.log(drawn_given_noise(p, noise[:, None])))
 
     def noise(self, place: int, width: int) -> mx.array:
         """The Gumbel noise that ``SeededSampler`` draws with at ``place``, float32 [1, V]."""
@@ -196,10 +214,10 @@ class Opaque:
         """Log-probabilities [V] that the token at a node of the path was drawn from."""
         return self._logprobs[node]
 
-    def guesses(self, logits: mx.array, count: int, place: int, vocabulary=None) -> Guesses:
-        plain = guesses_from(logits, count, vocabulary)
+    def guesses(self, logits, count: int, place: int, vocabulary=None, change=None) -> Guesses:
         if not isinstance(self.sampler, SeededSampler) or vocabulary is not None:
-            return plain
+            return Greedy().guesses(logits, count, place, vocabulary, change)
+        plain = guesses_from(logits, count, vocabulary)
         # The sampler's own word at each place, if the stream were the target, comes first.
         rows = logprobs_of(logits)
         first = [

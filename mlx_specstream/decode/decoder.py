@@ -25,7 +25,17 @@ from .choose import Drawn, Greedy, Opaque, logprobs_of
 from .draft import CopiedText, Guesses
 from .plan import NextPass, Steering
 from .record import PassRecord, Record
-from .step import PassShape, Verified, commit, judge, prompt_pass, stream_logits, verify_pass
+from .step import (
+    PassShape,
+    Said,
+    Verified,
+    commit,
+    guesses_of,
+    judge,
+    prompt_pass,
+    stream_logits,
+    verify_pass,
+)
 from .tree import HostTree, Tree
 from .verify import Accepted, descend
 
@@ -356,18 +366,18 @@ class Decoder:
             return None
         # Greedy guesses need no noise, so they are part of what is compiled.
         greedy = self.chooser if isinstance(self.chooser, Greedy) else None
-        K, vocabulary = self.steering.candidates(seams.vocabulary_size), seams.draft_vocabulary
+        K = self.steering.candidates(seams.vocabulary_size)
 
         def make():
-            def run(path, offset, after, bases, hidden, kept, fresh, keys, values):
+            def run(path, root, offset, after, bases, hidden, kept, fresh, keys, values):
                 keys, values = list(keys), list(values)
                 bases = [bases[i] for i in base_of]
                 if not in_place:
                     commit(fresh, kept, seams.cut, path, offset, bases, keys, values)
                 drafts = []
                 if streams:
-                    logits = stream_logits(seams, shape, hidden, after, bases, keys, values)
-                    drafts = list(greedy.guesses(logits, K, 0, vocabulary)) if greedy else [logits]
+                    said = stream_logits(seams, shape, hidden, root, after, bases, keys, values)
+                    drafts = list(guesses_of(seams, said, greedy, K, 0) if greedy else said)
                 return [drafts, keys, values]
 
             return run
@@ -380,7 +390,7 @@ class Decoder:
         run = make() if threshold else self.buckets.get(kind, make)
         after = mx.array(buffers.offset + count, dtype=mx.int32)
         drafts, keys, values = run(
-            [] if in_place else accepted.path, self._offset, after, buffers.bases,
+            [] if in_place else accepted.path, self._root, self._offset, after, buffers.bases,
             verified.of_node(path[-1], shape.inline) if streams else [],
             [] if in_place else verified.kept, [] if in_place else verified.fresh,
             buffers.keys, buffers.values,
@@ -388,7 +398,7 @@ class Decoder:
         buffers.keys, buffers.values = keys, values
         self._advance(count)
         if drafts and not greedy:
-            drafts = list(self.chooser.guesses(drafts[0], K, self.place, vocabulary))
+            drafts = list(guesses_of(seams, Said(*drafts), self.chooser, K, self.place))
         mx.async_eval(drafts, keys, values)
         return Guesses(*drafts) if drafts else None
 

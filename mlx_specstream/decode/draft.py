@@ -22,7 +22,9 @@ BLOCK = 32  # tokens of a block in the search for the likeliest
 class Guesses(NamedTuple):
     """The likeliest tokens of each stream, most probable first.
 
-    Shapes: tokens int32 [g, K]; logprobs float32 [g, K].
+    Shapes: tokens int32 [g, K]; logprobs float32 [g, K], or [g, K, K] where a guess depends on the
+    one before it: [j, a, b] is that of guess b of stream j below guess a of stream j - 1 (below the
+    root, which is known, all a are alike).
     """
 
     tokens: mx.array
@@ -71,6 +73,20 @@ def guesses_from(
     if vocabulary is not None:
         tokens = vocabulary[tokens]
     return Guesses(tokens.astype(mx.int32), logprobs)
+
+
+def conditioned(logprobs: mx.array, change: mx.array) -> mx.array:
+    """Log-probabilities given the token before. [g, K] -> [g, K, K]
+
+    Args:
+        logprobs: of the guesses, whatever stands before them.
+        change: what the token before adds to their logits, [g, K, K]. The rest of the vocabulary is
+            taken as unchanged.
+    """
+    said = mx.minimum(mx.exp(logprobs).sum(axis=-1), 1 - 1e-6)
+    rest = mx.log1p(-said)[:, None, None]
+    moved = logprobs[:, None] + change
+    return moved - mx.logaddexp(mx.logsumexp(moved, axis=-1, keepdims=True), rest)
 
 
 def draft(
@@ -131,10 +147,9 @@ def _candidates(guesses, copied, shape: TreeShape, xp):
     depth = (ranks >= 0).sum(axis=1).astype(np.int32)
     exists = xp.array(ranks >= 0)
     if g:
-        column = np.arange(g) * guesses.tokens.shape[1]
-        at = xp.array(np.where(ranks >= 0, column + ranks, 0).astype(np.int32))
-        paths = xp.where(exists, guesses.tokens.reshape(-1)[at], -1)  # [S, g]
-        edges = xp.maximum(guesses.logprobs, LEAST).reshape(-1)[at]
+        tokens, edges = _along(guesses, np.maximum(ranks, 0), xp)
+        paths = xp.where(exists, tokens, -1)  # [S, g]
+        edges = xp.maximum(edges, LEAST)
     else:
         paths = edges = xp.zeros((S, 0))
         paths = paths.astype(xp.int32)
@@ -163,6 +178,25 @@ def _candidates(guesses, copied, shape: TreeShape, xp):
     paths = xp.concatenate([_widen(paths, D, xp), _widen(tail, D, xp)], axis=0)
     logprobs = xp.concatenate([logprobs, score])
     return paths, logprobs, np.concatenate([depth, own]), np.arange(S + C) >= S
+
+
+def _along(guesses: Guesses, ranks: np.ndarray, xp):
+    """The token and the log-probability at every step of paths of ranks [S, g]; both [S, g]."""
+    g, K = guesses.tokens.shape
+    column = np.arange(g) * K
+    if guesses.logprobs.ndim == 2:
+        at = xp.array((column + ranks).astype(np.int32))
+        return guesses.tokens.reshape(-1)[at], guesses.logprobs.reshape(-1)[at]
+    # Which guess a rank means depends on the guess before it, so level by level.
+    order = xp.argsort(-guesses.logprobs, axis=-1).reshape(-1)  # [g * K * K]
+    logprobs, ranks = guesses.logprobs.reshape(-1), xp.array(ranks.astype(np.int32))
+    before, guess, edges = xp.zeros(ranks.shape[:1], dtype=xp.int32), [], []
+    for level in range(g):
+        row = (level * K + before) * K
+        before = order[row + ranks[:, level]].astype(xp.int32)
+        guess.append(before + level * K)
+        edges.append(logprobs[row + before])
+    return guesses.tokens.reshape(-1)[xp.stack(guess, axis=1)], xp.stack(edges, axis=1)
 
 
 def _widen(paths, width: int, xp):

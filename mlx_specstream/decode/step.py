@@ -8,10 +8,12 @@ the host.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..model.cache import RowStore
+from ..model.conditioning import below_root, change_below
 from ..model.rows import Rows, causal_rows, tree_rows
 from ..model.seams import Pass, Seams
 from .choose import Greedy
@@ -19,6 +21,10 @@ from .draft import CopiedText, Guesses, draft
 from .prune import PruneRule, edge_logprobs, nodes_to_keep
 from .tree import Tree, TreeShape
 from .verify import Accepted, accept
+
+# Guesses of a stream that are scored again below each guess of the stream before: what follows a token
+# is often not among the first few that follow whatever stands there.
+WIDE = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,16 @@ class Verified:
     def of_node(self, node: int, inline: bool) -> mx.array:
         """``hidden`` of one node: its M^{N-Ns} [1, 1, E], or its streams' last states [1, g, E]."""
         return self.hidden[:, node :: self.tree.size] if inline else self.hidden[:, node][:, None]
+
+
+class Said(NamedTuple):
+    """What the streams of one node say.
+
+    Shapes: logits [g, V] (or the draft vocabulary's columns); hidden, their last states [1, g, E].
+    """
+
+    logits: mx.array
+    hidden: mx.array
 
 
 def verify_pass(
@@ -197,18 +213,20 @@ def stream_logits(
     seams: Seams,
     shape: PassShape,
     hidden: mx.array,
+    root: mx.array,
     offset: mx.array,
     bases: list,
     keys: list[mx.array],
     values: list[mx.array],
-) -> mx.array:
-    """What the streams of the accepted node say, [g, V] (or the draft vocabulary's columns).
+) -> Said:
+    """What the streams of the accepted node say.
 
     Inline they were part of the pass. Deferred they run alone through the MSA layers, an ordinary
     causal chunk behind the accepted node that leaves no K/V behind.
 
     Args:
         hidden: ``Verified.of_node`` of the accepted node.
+        root: the token chosen there, int32 [].
         offset: position of the next root, one behind the accepted node, int32 [].
     """
     if not shape.inline:
@@ -216,7 +234,18 @@ def stream_logits(
         run = seams.run_streams(hidden, (offset - 1).reshape(1, 1), stores, decoding=True)
         _hand_over(stores, keys, values)
         hidden = run.last_hidden
-    return seams.draft_head(hidden)[0]
+    if seams.streams.config.condition_rank:
+        hidden = below_root(seams, hidden, root)
+    return Said(seams.draft_head(hidden)[0], hidden)
+
+
+def guesses_of(seams: Seams, said: Said, chooser, count: int, place: int) -> Guesses:
+    """The ``count`` likeliest tokens of each stream for the places from ``place`` on."""
+    change = None
+    if seams.streams.config.condition_rank:
+        count = min(max(count, WIDE), said.logits.shape[-1])
+        change = lambda tokens: change_below(seams, said.hidden, tokens)  # noqa: E731
+    return chooser.guesses(said.logits, count, place, seams.draft_vocabulary, change)
 
 
 def _at_cut(run: Pass) -> mx.array:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..decode.draft import Guesses, draft, guesses_from, size_of
+from ..decode.choose import Greedy
+from ..decode.draft import Guesses, draft, size_of
+from ..decode.step import Said, guesses_of
 from ..decode.tree import HostTree, TreeShape
 from ..decode.verify import descend
+from ..model.conditioning import below_root
 from ..model.seams import Seams
 from ..train.loss import base_pass, stream_hidden
 
@@ -48,12 +51,17 @@ def guesses_along(seams: Seams, prompt: list[int], answer: list[int], count: int
     cut_hidden, stores = base_pass(seams, tokens)
     hosts = mx.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))[None]
     hidden = stream_hidden(seams, cut_hidden, stores, hosts)
-    g, n = seams.streams.config.num_streams, len(answer)
-    flat = guesses_from(
-        seams.draft_head(hidden)[0], min(count, seams.vocabulary_size), seams.draft_vocabulary
-    )
-    tokens, logprobs = np.array(flat.tokens), np.array(flat.logprobs)
-    return [Guesses(tokens[i::n][:g], logprobs[i::n][:g]) for i in range(n)]
+    n, count = len(answer), min(count, seams.vocabulary_size)
+    found = []
+    for i, root in enumerate(answer):
+        of_host = hidden[:, i::n]
+        if seams.streams.config.condition_rank:
+            of_host = below_root(seams, of_host, mx.array(root))
+        said = Said(seams.draft_head(of_host)[0], of_host)
+        guesses = guesses_of(seams, said, Greedy(), count, 0)
+        mx.eval(guesses)
+        found.append(Guesses(*map(np.array, guesses)))
+    return found
 
 
 def replay(

@@ -71,6 +71,27 @@ class DraftHead:
         mx.eval(self._rows)
 
 
+class SomeRows:
+    """Norm and head of a model over a few tokens that change from call to call.
+
+    Args:
+        model, head: as of ``DraftHead``.
+
+    Raises:
+        UnsupportedModel: the module that makes the logits was not found.
+    """
+
+    def __init__(self, model: nn.Module, head: Callable[[mx.array], mx.array]):
+        self._head = head
+        self._places = _find(model, head, *weight_shape(embedding_of(model)))
+
+    def __call__(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        """hidden [B, r, E], tokens int32 [n] -> logits [B, r, n]"""
+        rows = [mx.take(owner[name], tokens, axis=axis) for owner, name, axis in self._places]
+        with _in_place(self._places, rows):
+            return self._head(hidden)
+
+
 def broken_rule(tokens: mx.array, vocabulary_size: int) -> str | None:
     """Which rule of a draft vocabulary ``tokens`` break: int32 [F], ascending, within V."""
     if tokens.dtype != mx.int32 or tokens.ndim != 1 or not tokens.size:
@@ -106,8 +127,9 @@ def _find(model: nn.Module, head, vocabulary_size: int, width: int) -> list[Plac
             return places
     kind = getattr(model, "model_type", type(model).__name__)
     raise UnsupportedModel(
-        f"[draft_vocabulary] the head of model_type '{kind}' was not found; do without a draft "
-        "vocabulary (mlx-specstream draft-vocabulary --size 0 takes it out of a streams folder)."
+        f"[streams] the head of model_type '{kind}' was not found; do without a draft vocabulary "
+        "(mlx-specstream draft-vocabulary --size 0 takes it out of a streams folder) and without "
+        "conditioned drafts (train with --condition-rank 0)."
     )
 
 

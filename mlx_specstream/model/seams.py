@@ -27,7 +27,7 @@ from ..config import StreamConfig
 from ..errors import BadArgument, SpecStreamError
 from .activation import fast_activations, modules_with_swiglu
 from .cache import LayerContext, MaskRequest, NoStore, RowStore
-from .draft_head import DraftHead
+from .draft_head import DraftHead, SomeRows
 from .projections import Projection, embedding_of, projections_of, weight_shape
 from .rope import ROPES, has_table, rope_rows, rope_table, signature, turn
 from .rows import Rows, causal_rows, stream_rows, with_streams
@@ -132,6 +132,7 @@ class Seams:
         self.running: Pass | None = None
         self.kept: dict = {}  # what one answer leaves for the next: compiled passes, statistics
         self._draft_head: DraftHead | None = None
+        self.head_rows: SomeRows | None = None  # norm and head over a few tokens
         self.merged: dict[
             int, mx.array
         ] = {}  # id of a projection -> its weight with LoRA [d_in, d_out]
@@ -152,6 +153,8 @@ class Seams:
         if streams is not None:
             try:
                 self.draft_vocabulary = streams.draft_vocabulary
+                if streams.config.condition_rank:
+                    self.head_rows = SomeRows(model, self.head)
             except SpecStreamError:
                 self.detach()
                 raise

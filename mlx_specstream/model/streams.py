@@ -10,7 +10,8 @@ position t there is the main stream M_t and gamma streams S_t1 .. S_tgamma:
 
 Who sees whom is a mask (``rows.py``); the layers are mlx-lm's (``seams.py``). What is left is here:
 the start of a stream (Eq. 3), the gated LoRA that only stream rows get, the rotation of values
-that can replace P_j, and the low-rank early exit used for pruning.
+that can replace P_j, the low-rank early exit used for pruning, and (ours) the correction of a guess by
+the token before it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,36 @@ class LowRank(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return (x @ self.a) @ self.b
+
+
+class Condition(nn.Module):
+    """Corrects a stream's last hidden state by the token that stands before its guess.
+
+    Streams guess side by side: none knows which token was chosen for the one before it. With e the
+    embedding of that token and h the state of stream j, both over their RMS,
+
+        h <- h + RMS(h) silu(e A_j + h C_j + d_j) B_j
+
+    B_j = 0 at first, so that it begins as no correction. The scale follows the state's own, so the
+    same learning rate suits every model.
+    """
+
+    def __init__(self, num_streams: int, width: int, rank: int):
+        super().__init__()
+        bound, shape = width**-0.5, (num_streams, width, rank)
+        self.a = mx.random.uniform(low=-bound, high=bound, shape=shape)
+        self.c = mx.random.uniform(low=-bound, high=bound, shape=shape)
+        self.d = mx.zeros((num_streams, 1, rank))
+        self.b = mx.zeros((num_streams, rank, width))
+
+    def __call__(self, hidden: mx.array, before: mx.array, first: int = 0) -> mx.array:
+        """hidden [g', n or 1, E] and embeddings [g', n, E] of streams ``first``.. -> [g', n, E]"""
+        some = slice(first, first + hidden.shape[0])
+        h = hidden.astype(mx.float32)
+        rms = mx.sqrt(h.square().mean(axis=-1, keepdims=True) + 1e-12)
+        e = mx.fast.rms_norm(before.astype(mx.float32), None, 1e-12)
+        update = nn.silu(e @ self.a[some] + (h / rms) @ self.c[some] + self.d[some]) @ self.b[some]
+        return (h + rms * update).astype(hidden.dtype)
 
 
 class Streams(nn.Module):
@@ -66,6 +97,8 @@ class Streams(nn.Module):
             self.init = LowRank(width, width, config.init_rank)
         if config.prune_rank:
             self.early_exit = LowRank(width, width, config.prune_rank)
+        if config.condition_rank:
+            self.condition = Condition(g, width, config.condition_rank)
         if config.lora_rank:
             self.lora = [
                 {name: LowRank(*dims, config.lora_rank) for name, dims in layer.items()}

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..model.cache import FixedPrefix, NoStore
+from ..model.projections import embedding_of
 from ..model.rows import causal_rows
 from ..model.seams import Pass, Seams
 from .data import Batch
@@ -41,9 +42,31 @@ def stream_hidden(seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.ar
     return run.last_hidden
 
 
+def given_text(seams: Seams, hidden: mx.array, tokens: mx.array, hosts: mx.array) -> mx.array:
+    """Last states of streams, corrected by the token that the text has before their target.
+
+    As they are, if these streams have no such correction.
+
+    Args:
+        hidden: of ``stream_hidden`` [B, g * P, E]; tokens: int32 [B, L]; hosts: int32 [B, P].
+    """
+    config = seams.streams.config
+    if not config.condition_rank:
+        return hidden
+    (B, P), g, E = hosts.shape, config.num_streams, hidden.shape[-1]
+    at = hosts[None] + mx.arange(1, g + 1)[:, None, None]  # [g, B, P]
+    at = mx.minimum(at, tokens.shape[1] - 1).transpose(1, 0, 2).reshape(B, g * P)
+    before = embedding_of(seams.model)(mx.take_along_axis(tokens, at, axis=1))
+    by_stream = lambda x: x.reshape(B, g, P, E).transpose(1, 0, 2, 3).reshape(g, B * P, E)  # noqa: E731
+    made = seams.streams.condition(by_stream(hidden), by_stream(before))
+    return made.reshape(g, B, P, E).transpose(1, 0, 2, 3).reshape(B, g * P, E)
+
+
 def stream_losses(seams: Seams, batch: Batch) -> tuple[mx.array, mx.array]:
     """Mean cross-entropy of each stream over its valid targets, float32 [g], and of the early exit.
 
+    Conditioned streams learn half from what they say alone, which chooses the guesses, and half from
+    what they say given the token before, which ranks them; the first stream only from the latter.
     The early exit learns the next token (method 1.6); 0 if these streams have none.
     """
     cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
@@ -55,11 +78,22 @@ def stream_losses(seams: Seams, batch: Batch) -> tuple[mx.array, mx.array]:
     # The head over a large vocabulary is the largest array of a step, so it goes in chunks whose
     # logits are made again for the gradient.
     step = max(1, HEAD_ELEMENTS // (B * seams.vocabulary_size))
-    parts = [
-        _head_loss(seams, targets[:, at : at + step])(hidden[:, at : at + step])
-        for at in range(0, g * P, step)
-    ]
-    losses = mx.concatenate(parts, axis=1) * (targets >= 0)
+
+    def head_losses(hidden, begin=0):
+        return mx.concatenate(
+            [
+                _head_loss(seams, targets[:, at : at + step])(hidden[:, at : at + step])
+                for at in range(begin, g * P, step)
+            ],
+            axis=1,
+        )
+
+    told = given_text(seams, hidden, mx.array(batch.tokens), hosts)
+    losses = head_losses(told)
+    if told is not hidden and g > 1:
+        both = 0.5 * (losses[:, P:] + head_losses(hidden, begin=P))
+        losses = mx.concatenate([losses[:, :P], both], axis=1)
+    losses = losses * (targets >= 0)
     sums = losses.reshape(B, g, P).sum(axis=(0, 2))
     losses = sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
     if not seams.streams.config.prune_rank:
@@ -82,7 +116,8 @@ def _head_loss(seams: Seams, targets: mx.array):
 
 
 def evaluate(seams: Seams, batches: list[Batch], top_k: int) -> dict[str, list[float]]:
-    """Validation loss, top-1 and top-k accuracy of each stream.
+    """Validation loss, top-1 and top-k accuracy of each stream (given the token before, if they are
+    conditioned on it).
 
     Returns:
         {"loss": [g], "top1": [g], "topk": [g]} over all valid targets.
@@ -91,7 +126,9 @@ def evaluate(seams: Seams, batches: list[Batch], top_k: int) -> dict[str, list[f
     total, loss, top1, topk = (np.zeros(g) for _ in range(4))
     for batch in batches:
         cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
-        hidden = stream_hidden(seams, cut_hidden, stores, mx.array(batch.hosts))
+        hosts = mx.array(batch.hosts)
+        hidden = stream_hidden(seams, cut_hidden, stores, hosts)
+        hidden = given_text(seams, hidden, mx.array(batch.tokens), hosts)
         B, _, P = batch.targets.shape
         logits = seams.head(hidden).astype(mx.float32)
         targets = mx.array(batch.targets.reshape(B, g * P))

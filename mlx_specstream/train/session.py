@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..config import StreamConfig
 from ..errors import BadArgument
-from ..model.checkpoint import fingerprint, save_streams
+from ..model.checkpoint import fingerprint, load_streams, read_description, save_streams
 from ..model.projections import embedding_of, weight_shape
 from ..model.seams import Seams, attach, stream_shapes
 from ..model.streams import Streams
@@ -48,6 +48,7 @@ def train_streams(
     max_length: int = 2048,
     draft_vocabulary: int = 0,
     resume: bool = False,
+    begin_from: Path | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def train_streams(
         draft_vocabulary: drafts will hold only this many tokens, the most frequent ones of the
             completions, and end of sequence; 0: all. The loss takes the whole head all the same.
         resume: go on from the checkpoint in ``out``.
+        begin_from: a streams folder of this base whose arrays are the initial values, as far as names
+            and shapes agree; what it lacks begins as usual.
         report: called after every step; ``note``: called with lines for the user.
 
     Returns:
@@ -99,6 +102,8 @@ def train_streams(
         note(line)
     seams = attach(model, parameters)
     _scale_embeddings(seams, train[: config.batch_size])
+    if begin_from is not None:
+        note(_begin_from(begin_from, seams))
     trainer = Trainer(seams, config, out, base)
     if resume:
         trainer.resume()
@@ -122,6 +127,7 @@ def train_streams(
         "seconds": round(trainer.seconds, 1),
         "config": asdict(config),
         "parameters": extra,
+        "began_from": None if begin_from is None else read_description(begin_from)["training"],
         "validation": trainer.history[-1] if trainer.history else None,
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-specstream")},
     }
@@ -171,6 +177,21 @@ def _new_streams(model: nn.Module, config: StreamConfig) -> Streams:
             "choose other --lora-targets."
         )
     return Streams(config, weight_shape(embedding_of(model))[1], shapes, embedding_scale=1.0)
+
+
+def _begin_from(folder: Path, seams: Seams) -> str:
+    """Take over what fits of the streams in ``folder``; returns a line for the user."""
+    own = dict(tree_flatten(seams.streams.parameters()))
+    theirs = tree_flatten(load_streams(folder, seams.model)[0].parameters())
+    taken = [(name, x) for name, x in theirs if name in own and own[name].shape == x.shape]
+    if not taken:
+        raise BadArgument(
+            f"[train] nothing of the streams in {folder} fits these; train with their --lora-rank, "
+            "--msa-layers and --num-streams."
+        )
+    seams.streams.load_weights(taken, strict=False)
+    mx.eval(seams.streams.parameters())
+    return f"{len(taken)} of {len(own)} arrays begin as in {folder}"
 
 
 def _scale_embeddings(seams: Seams, examples: list[Example]) -> None:
