@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm import sample_utils
 from reference import assert_close
 from steps import decoder_for
 from tiny_models import CONFIGS, attached, make_model, make_streams, make_tokenizer, quantized
@@ -28,6 +29,13 @@ STREAMS = {"num_streams": 3, "msa_layers": 2, "lora_rank": 4, "condition_rank": 
 CONFIG = StreamConfig(**STREAMS)
 PROMPT = [5, 17, 3, 42, 8, 29, 11]
 HEADS = ["cohere2", "gemma2", "gpt_oss", "llama", "qwen3"]  # scaled, capped, untied and tied heads
+
+
+SAMPLERS = {
+    "greedy": None,
+    "drawn": make_sampler(0.8, top_p=0.9),
+    "opaque": sample_utils.make_sampler(temp=0.8, min_p=0.05),
+}
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -110,17 +118,15 @@ def test_tree_and_its_probabilities_on_the_host(size):
 
 @pytest.mark.parametrize("placement", ["deferred", "inline"])
 @pytest.mark.parametrize("vocabulary", [None, [0, 3, 5, 8, 11, 17, 24, 29, 33, 42, 50, 58, 66]])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_text_is_that_of_plain_decoding(temperature, vocabulary, placement):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_text_is_that_of_plain_decoding(sampler, vocabulary, placement):
     seams, tokenizer = attached(**STREAMS), make_tokenizer(ends=False)
     if vocabulary is not None:
         seams.draft_vocabulary = np.array(vocabulary, np.int32)
 
     def text(**options):
-        sampler = make_sampler(temperature, top_p=0.9 if temperature else 0.0)
-        answer = stream_generate(
-            seams.model, tokenizer, PROMPT, max_tokens=23, sampler=sampler, seed=6, **options
-        )
+        given = {"max_tokens": 23, "sampler": SAMPLERS[sampler], "seed": 6, **options}
+        answer = stream_generate(seams.model, tokenizer, PROMPT, **given)
         return [r.token for r in answer]
 
     want = text(use_streams=False, copies=False)

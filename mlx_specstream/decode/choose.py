@@ -236,6 +236,8 @@ class Opaque:
             ],
             axis=1,
         )
+        if change is not None:
+            logprobs = conditioned(logprobs, change(tokens))
         return Guesses(tokens, logprobs)
 
 
