@@ -8,13 +8,17 @@ import copy
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_specstream.decode.costs import Costs
+from mlx_specstream.decode.draft import Guesses
+from mlx_specstream.decode.plan import Planned
 from mlx_specstream.decode.planner import LOAN, SHARE, Choice, Planner
 from mlx_specstream.decode.trust import Trust
 from mlx_specstream.errors import BadArgument
@@ -134,6 +138,70 @@ def test_choosing_changes_nothing():
     after = vars(planner) | {"_tables": None, "_trust": None}
     for name, value in before.items():
         assert np.all(value == after[name]), name
+
+
+def taught(promises, rounds, sizes=(4, 8)):
+    """A planner that has seen ``rounds`` drafts which kept what they promised."""
+    planner = Planner(costs(), sizes=sizes)
+    for n in range(rounds):
+        draft = promises[n % len(promises)]
+        choice = planner.choose(draft, 0)
+        kept = round(float(draft[: choice.nodes - 1].sum()))
+        planner.observe(
+            context=0,
+            nodes=choice.nodes,
+            probabilities=draft,
+            accepted=kept,
+            streams=choice.streams,
+        )
+    return planner
+
+
+STEADY = [0.97 ** np.arange(1, 9)]
+MOODY = [0.97 ** np.arange(1, 9), 0.05 ** np.arange(1, 9)]
+
+
+def test_drafts_that_are_all_alike_need_no_look():
+    planner = taught(STEADY, 40)
+    assert planner.choose_unseen(0) == planner.choose(STEADY[0], 0)
+    assert taught(STEADY, 15).choose_unseen(0) is None, "before there is a habit"
+
+
+def test_drafts_of_changing_worth_are_looked_at(monkeypatch):
+    planner = taught(MOODY, 40)
+    assert planner.speculating
+    assert planner.choose_unseen(0) is None
+    monkeypatch.setattr("mlx_specstream.decode.planner.LOOK", 9.0)
+    assert planner.choose_unseen(0).nodes > 1
+
+
+def test_nothing_is_drafted_unseen_beyond_the_balance():
+    planner = taught(STEADY, 40)
+    passes = planner.choose_unseen(0).nodes
+    assert passes > 1
+    planner._balance = FLAT[ROWS.index(passes)] + 0.25 - 1.0 - 0.01
+    assert planner.choose_unseen(0) is None
+
+
+def test_what_was_planned_unseen_is_learned_all_the_same():
+    """Probabilities are read behind the pass; they and the outcome count as if seen before it."""
+    rng = np.random.default_rng(4)
+    guesses = Guesses(
+        mx.array(rng.permutation(40).reshape(4, 10).astype(np.int32)),
+        mx.array(np.sort(np.log(rng.dirichlet(np.full(10, 0.1), 4) + 1e-6))[:, ::-1].copy()),
+    )
+    after = []
+    for unseen in (True, False):
+        planner = taught(STEADY, 40)
+        steering = Planned(planner)
+        if not unseen:
+            planner.choose_unseen = lambda context: None
+        plan = steering.next_pass(guesses, None, 0)
+        assert (plan.unseen is not None) == unseen
+        assert (plan.probabilities is None) == unseen
+        steering.observe(replace(plan, nodes=8), 0, 2)
+        after.append((planner._drafts, planner._trust[True].ratio, planner._balance))
+    assert all(np.array_equal(a, b) for a, b in zip(*after, strict=True))
 
 
 def test_the_same_text_is_decoded_in_the_same_way():

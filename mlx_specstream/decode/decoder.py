@@ -119,6 +119,7 @@ class Decoder:
         self._offset = mx.array(self.buffers.offset, dtype=mx.int32)
         self._guesses: Guesses | None = None
         self._flight: _Flight | None = None
+        self._news: tuple[NextPass, int, int] | None = None
         self._behind: tuple[_Flight, Accepted, int] | None = None
         self._runs_ahead = mx.default_device().type == mx.DeviceType.cpu
 
@@ -149,6 +150,7 @@ class Decoder:
         """Run the streams behind the last pass, plan, queue the next pass."""
         tic = time.perf_counter()
         self._guesses = self._streams()
+        self._tell()  # while they run
         copied = self.copier.propose() if self.copier and not self.recheck else None
         if self._splits or not self._runs_ahead:
             # On a GPU a buffer whose reader is still queued would be copied when it is written.
@@ -313,15 +315,22 @@ class Decoder:
                 self._credit(flight, tokens)
         right = max(len(path) - 1 + tie, 0)  # a path that ends before a near-tie lacks that node
         if flight.place:  # the prompt's own pass drafts nothing
-            self.steering.observe(flight.plan, self.buffers.offset, right)
+            self._news = flight.plan, self.buffers.offset, right
         if self.record is not None and flight.place:
             self._note(flight, path, right, waited)
         if ended:
+            self._tell()
             self._redraft(flight, accepted, path, False)
         elif path:
             self._behind = flight, accepted, path
         else:  # the root itself is a near-tie: nothing of this pass stays
             self._behind = self._guesses = None
+
+    def _tell(self) -> None:
+        """What the last pass accepted, to whoever plans."""
+        if self._news is not None:
+            self.steering.observe(*self._news)
+            self._news = None
 
     def _credit(self, flight: _Flight, chosen: list[int]) -> None:
         """Tell the copier how far its text was right, as far as the tree can have held it."""

@@ -46,6 +46,7 @@ class NextPass:
         probabilities: how likely each candidate node was thought to be accepted, descending.
         from_streams: the draft came from streams (and copies, perhaps), not from copies alone.
         copied: what the copied text's nodes alone promised.
+        unseen: the draft, where it was planned without a look at its probabilities.
     """
 
     tree: TreeShape
@@ -56,6 +57,7 @@ class NextPass:
     probabilities: np.ndarray | None = None
     from_streams: bool = False
     copied: np.ndarray | None = None
+    unseen: tuple[Guesses, CopiedText | None] | None = None
 
 
 class Steering(Protocol):
@@ -111,36 +113,53 @@ class Planned:
         return min(max(self.planner.sizes) - 1, vocabulary)
 
     def next_pass(self, guesses, text, context: int) -> NextPass:
-        largest = TreeShape("best", max(self.planner.sizes))
-        probabilities = copied = None
-        if guesses is not None or text is not None:
-            guesses = None if guesses is None else Guesses(*map(np.array, guesses))
-            text = None if text is None else CopiedText(*map(np.array, text))
-            probabilities = node_probabilities(guesses, text, largest)
-            if text is not None:
-                copied = np.exp(np.cumsum(text.logprobs[0]))[text.tokens >= 0]
-        choice = self.planner.choose(probabilities, context, from_streams=guesses is not None)
-        nodes = min(choice.nodes, size_of(guesses, text, largest))
+        drafted = guesses is not None
+        choice = self.planner.choose_unseen(context) if drafted else None
+        unseen, probabilities, copied = None, None, None
+        if choice is not None:
+            unseen = guesses, text
+        else:
+            if drafted or text is not None:
+                probabilities, copied = self._promises(guesses, text)
+            choice = self.planner.choose(probabilities, context, from_streams=drafted)
+        nodes = min(choice.nodes, size_of(guesses, text, self._largest))
         return NextPass(
             TreeShape("best", max(2, nodes)),
             nodes,
             choice.placement == "inline" and choice.streams,
             choice.streams,
             probabilities=probabilities,
-            from_streams=guesses is not None,
+            from_streams=drafted,
             copied=copied,
+            unseen=unseen,
         )
 
     def observe(self, plan: NextPass, context: int, accepted: int) -> None:
+        probabilities, copied = plan.probabilities, plan.copied
+        if plan.unseen is not None:
+            probabilities, copied = self._promises(*plan.unseen)
         self.planner.observe(
             context=context,
             nodes=plan.nodes,
-            probabilities=plan.probabilities,
+            probabilities=probabilities,
             accepted=accepted,
             from_streams=plan.from_streams,
             streams=plan.streams,
-            copied=plan.copied,
+            copied=copied,
         )
+
+    @property
+    def _largest(self) -> TreeShape:
+        return TreeShape("best", max(self.planner.sizes))
+
+    def _promises(self, guesses, text) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a draft's nodes promise, and what its copied text's nodes do. Waits for the draft."""
+        guesses = None if guesses is None else Guesses(*map(np.array, guesses))
+        text = None if text is None else CopiedText(*map(np.array, text))
+        copied = None
+        if text is not None:
+            copied = np.exp(np.cumsum(text.logprobs[0]))[text.tokens >= 0]
+        return node_probabilities(guesses, text, self._largest), copied
 
 
 def make_plan(

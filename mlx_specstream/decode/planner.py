@@ -36,6 +36,7 @@ DRAFTS = 16  # recent drafts that stand for the next one
 # it is at most SHORT. What it costs is bounded by SHARE.
 FIRST_PAUSE, SHORT_PAUSE, LONG_PAUSE = 8, 20, 128
 SETTLED = 8
+LOOK = 0.1  # plain tokens that it takes to wait for a draft's probabilities and to weigh them
 PROBE_TRUST = 0.7  # of a trial draft's probabilities, to choose how much of it to verify
 CONTEXT_STEP = 64  # tokens: costs are read once for so many
 
@@ -129,6 +130,24 @@ class Planner:
             size = self._best_size(probabilities, context, from_streams, streams)
         nodes = int(self._rows[size])
         return Choice(nodes, streams, self.placement(nodes, context))
+
+    def choose_unseen(self, context: int) -> Choice | None:
+        """The plan of the pass that comes now, whatever the streams drafted. Changes nothing.
+
+        Where one size would have been nearly the best for all recent drafts, looking at the next one
+        costs more than it brings. None: look at it, and ``choose``.
+        """
+        if self._state != "on" or len(self._drafts) < DRAFTS or not self.wants_streams(context):
+            return None
+        passes, behind = self._at(context)
+        cost = passes + behind
+        value = self._believed(self._drafts, True) - self._price * cost  # [drafts, sizes + 1]
+        usual = int(value.mean(axis=0).argmax())
+        lost = float((value.max(axis=1) - value[:, usual]).mean())
+        if not usual or lost > LOOK or cost[usual] - 1.0 > self._balance:
+            return None
+        nodes = int(self._rows[usual])
+        return Choice(nodes, True, self.placement(nodes, context))
 
     def wants_streams(self, context: int) -> bool:
         """Should streams run behind the pass that comes now? Changes nothing."""
