@@ -428,7 +428,7 @@ def main():
     }
     for layers in args.msa_layers:
         print(f"streams in {layers} layers", flush=True)
-        config = StreamConfig(num_streams=4, msa_layers=layers)
+        config = StreamConfig(num_streams=4, msa_layers=layers, condition_rank=32)
         seams = attach(model, random_streams(model, config, scale=0.02))
         results["msa_layers"][str(layers)] = study(seams, args, trained, tokenizer, answered)
         Path(args.out).write_text(json.dumps(results) + "\n")

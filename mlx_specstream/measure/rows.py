@@ -19,6 +19,7 @@ from ..decode.costs import Costs
 from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
 from ..decode.plan import NextPass
+from ..decode.step import WIDE
 from ..decode.tree import TreeShape
 from ..errors import BadArgument
 from ..model.cache import make_prompt_cache
@@ -67,11 +68,13 @@ class _Probe(Decoder):
         count = script.candidates(seams.vocabulary_size)
         if depth == 1:  # every node below the root is a guess of the one stream
             count = min(max(count, script.nodes - 1), seams.vocabulary_size)
+        conditioned = with_streams and seams.streams.config.condition_rank > 0
+        if conditioned:
+            count = min(max(count, WIDE), seams.vocabulary_size)
         tokens = np.arange(depth * count).reshape(depth, count) % seams.vocabulary_size
-        self._fixed = Guesses(
-            mx.array(tokens.astype(np.int32)),
-            mx.array(np.tile(np.linspace(-0.5, -6, count, dtype=np.float32), (depth, 1))),
-        )
+        shape = (depth, count, count) if conditioned else (depth, count)
+        logprobs = np.broadcast_to(np.linspace(-0.5, -6, count, dtype=np.float32), shape)
+        self._fixed = Guesses(mx.array(tokens.astype(np.int32)), mx.array(logprobs))
         self.script = script
 
     def _streams(self) -> Guesses | None:
