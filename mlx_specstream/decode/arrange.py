@@ -72,7 +72,7 @@ def make_steering(
             streams=config.num_streams if config else 0,
             copies=copies,
         )
-    return Planned(seams.kept[key])
+    return Planned(seams.kept[key], inline=with_streams and config.main_sees_streams)
 
 
 def _cheaper_placement(costs: Costs, legal: tuple[str, ...]) -> str:

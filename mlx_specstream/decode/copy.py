@@ -41,6 +41,9 @@ BEGINS = {"letter": 0.0, "_": 0.0, "word": -2.1}  # inside a word or a name, a n
 MARK = -3.9  # anything else
 PLACES = {"differ": 0.0, "one": 0.9, "agree": 1.0}  # what follows at the places with the same key
 CERTAIN = 7.0  # log odds are kept within this: nothing is certain, so log P stays below 0
+UNLIKELY = math.log(
+    0.3
+)  # first tokens below it never made a difference to a tree of streams' guesses
 SLOWEST = 0.15  # the step of learning never falls below this, so old texts are forgotten
 
 
@@ -57,6 +60,11 @@ class Copied:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     classes: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def unlikely(self) -> bool:
+        """Not worth the work beside the guesses of streams."""
+        return not self.tokens or self.logprobs[0] < UNLIKELY
 
 
 class Calibration:

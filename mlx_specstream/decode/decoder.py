@@ -175,6 +175,8 @@ class Decoder:
     def _launch(self, copied: Copied | None, streams_s: float) -> None:
         tic = time.perf_counter()
         guesses, text = self._guesses, None
+        if copied is not None and guesses is not None and copied.unlikely:
+            copied = None
         if copied is not None and copied.tokens:
             text = copied_text(copied, self.copier.longest)
         plan = self.steering.next_pass(guesses, text, self.buffers.offset)

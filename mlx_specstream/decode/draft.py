@@ -157,22 +157,23 @@ def _candidates(guesses, copied, shape: TreeShape, xp):
         return paths, xp.where(exists, edges, 0.0).sum(axis=1), depth, np.zeros(S, bool)
 
     both = min(g, C)
-    same = paths[:, :both] == copied.tokens[None, :both]
-    along = [xp.ones((S,), dtype=same.dtype)]  # the path is the copied text up to this depth
-    for d in range(both):
-        along.append(along[-1] & same[:, d])
-        p, other = copied.logprobs[0, d], copied.logprobs[1, d]
-        mixed = xp.where(same[:, d], xp.maximum(edges[:, d], p), edges[:, d] + other)
-        mixed = xp.where(along[d] & (copied.tokens[d] >= 0), mixed, edges[:, d])
-        edges = xp.concatenate([edges[:, :d], mixed[:, None], edges[:, d + 1 :]], axis=1)
+    level = np.arange(1, both + 1, dtype=np.int32)
+    text = copied.tokens[None, :both]
+    same = paths[:, :both] == text
+    along = xp.cumprod(same.astype(xp.int32), axis=1) > 0  # the path is the text up to this depth
+    before = xp.concatenate([xp.ones((S, 1), dtype=along.dtype), along[:, : both - 1]], axis=1)
+    p, other = copied.logprobs[:, None, :both]
+    old = edges[:, :both]
+    mixed = xp.where(same, xp.maximum(old, p), old + other)
+    mixed = xp.where(before[:, :both] & (text >= 0), mixed, old)
+    edges = xp.concatenate([mixed, edges[:, both:]], axis=1)
     logprobs = xp.where(exists, edges, 0.0).sum(axis=1)
-    # Which of the copied text's own nodes a candidate already stands for.
-    agreed = xp.zeros((S,), dtype=xp.int32)
-    for d in range(1, both + 1):
-        agreed = xp.where(along[d] & xp.array(depth == d), d, agreed)
+    # How many of the copied text's own nodes candidates already stand for.
+    known = xp.where(along & xp.array(depth[:, None] == level), xp.array(level), 0)
+    agreed = known.max() if both else 0
     own = np.arange(1, C + 1, dtype=np.int32)
     score = xp.cumsum(xp.maximum(copied.logprobs[0], LEAST), axis=0)
-    dead = (xp.array(own) <= agreed.max()) | (copied.tokens < 0)
+    dead = (xp.array(own) <= agreed) | (copied.tokens < 0)
     score = xp.where(dead, score + LEAST * (S + C), score)
     tail = xp.where(xp.array(own[None] <= own[:, None]), copied.tokens[None], -1)  # [C, C]
     paths = xp.concatenate([_widen(paths, D, xp), _widen(tail, D, xp)], axis=0)
@@ -183,20 +184,19 @@ def _candidates(guesses, copied, shape: TreeShape, xp):
 def _along(guesses: Guesses, ranks: np.ndarray, xp):
     """The token and the log-probability at every step of paths of ranks [S, g]; both [S, g]."""
     g, K = guesses.tokens.shape
-    column = np.arange(g) * K
+    column = (np.arange(g) * K).astype(np.int32)
     if guesses.logprobs.ndim == 2:
         at = xp.array((column + ranks).astype(np.int32))
         return guesses.tokens.reshape(-1)[at], guesses.logprobs.reshape(-1)[at]
     # Which guess a rank means depends on the guess before it, so level by level.
-    order = xp.argsort(-guesses.logprobs, axis=-1).reshape(-1)  # [g * K * K]
-    logprobs, ranks = guesses.logprobs.reshape(-1), xp.array(ranks.astype(np.int32))
-    before, guess, edges = xp.zeros(ranks.shape[:1], dtype=xp.int32), [], []
+    order = xp.argsort(-guesses.logprobs, axis=-1).astype(xp.int32).reshape(-1)  # [g * K * K]
+    guess, edge = [xp.zeros(ranks.shape[:1], dtype=xp.int32)], []
     for level in range(g):
-        row = (level * K + before) * K
-        before = order[row + ranks[:, level]].astype(xp.int32)
-        guess.append(before + level * K)
-        edges.append(logprobs[row + before])
-    return guesses.tokens.reshape(-1)[xp.stack(guess, axis=1)], xp.stack(edges, axis=1)
+        row = (guess[-1] + level * K) * K
+        guess.append(order[row + xp.array(ranks[:, level].astype(np.int32))])
+        edge.append(row + guess[-1])
+    tokens = guesses.tokens.reshape(-1)[xp.stack(guess[1:], axis=1) + xp.array(column)]
+    return tokens, guesses.logprobs.reshape(-1)[xp.stack(edge, axis=1)]
 
 
 def _widen(paths, width: int, xp):

@@ -15,6 +15,7 @@ from .prune import PruneRule
 from .tree import MAX_NODES, TreeShape
 
 PLACEMENTS = ("inline", "deferred")
+MOST_GUESSES = 12  # of each stream, however large the tree: the others are hardly ever in it
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,14 @@ class Planned:
 
     Args:
         planner: knows the costs and learns how good drafts are.
+        inline: streams ride along with every pass, also where none drafts: the main stream sees them.
     """
 
-    def __init__(self, planner: Planner):
-        self.planner = planner
+    def __init__(self, planner: Planner, inline: bool = False):
+        self.planner, self.inline = planner, inline
 
     def candidates(self, vocabulary: int) -> int:
-        return min(max(self.planner.sizes) - 1, vocabulary)
+        return min(self._largest.size - 1, MOST_GUESSES, vocabulary)
 
     def next_pass(self, guesses, text, context: int) -> NextPass:
         drafted = guesses is not None
@@ -126,7 +128,7 @@ class Planned:
         return NextPass(
             TreeShape("best", max(2, nodes)),
             nodes,
-            choice.placement == "inline" and choice.streams,
+            self.inline or (choice.placement == "inline" and choice.streams),
             choice.streams,
             probabilities=probabilities,
             from_streams=drafted,

@@ -22,9 +22,9 @@ from .prune import PruneRule, edge_logprobs, nodes_to_keep
 from .tree import Tree, TreeShape
 from .verify import Accepted, accept
 
-# Guesses of a stream that are scored again below each guess of the stream before: what follows a token
-# is often not among the first few that follow whatever stands there.
-WIDE = 16
+# At least so many guesses of a stream are scored again below each guess of the stream before. With 16
+# instead a tree of eight nodes brings 0.3% more tokens; the scores cost 0.3 ms more.
+WIDE = 8
 
 
 @dataclass(frozen=True)
