@@ -26,6 +26,9 @@ from .planner import Planner
 from .prune import PruneRule
 from .tree import TreeShape
 
+USUAL = 8  # nodes
+CLEARLY = 0.05  # of a plain token: less than that is lost in the noise of a measurement
+
 
 def seeded(sampler, seed):
     if is_greedy(sampler):
@@ -76,9 +79,14 @@ def make_steering(
 
 
 def _cheaper_placement(costs: Costs, legal: tuple[str, ...]) -> str:
-    """Where the streams of a small tree cost less; one for all passes, so that there are few traces."""
+    """Where the streams of a tree of usual size cost less; one for all passes: there are few traces.
+
+    The first legal one, unless another is clearly cheaper.
+    """
     context = costs.contexts[len(costs.contexts) // 2]
-    return min(legal, key=lambda placement: costs.streams_at(placement, 5, context))
+    first, *others = legal
+    least = costs.streams_at(first, USUAL, context) - CLEARLY * costs.plain_at(context)
+    return next((p for p in others if costs.streams_at(p, USUAL, context) < least), first)
 
 
 def make_copier(seams: Seams, tokenizer, tokens: mx.array) -> Copier:

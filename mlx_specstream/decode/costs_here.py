@@ -18,7 +18,9 @@ from .costs import Costs, default_costs
 
 
 def costs_for(seams: Seams) -> Costs:
-    """The profile that ``mlx-specstream tune`` stored, or default costs."""
+    """What was just measured (``kept``), what ``mlx-specstream tune`` stored, or default costs."""
+    if (now := seams.kept.get("costs")) is not None:
+        return now
     known = load_profile(costs_key(seams), lambda profile: Costs.from_json(profile["costs"]))
     return known or default_costs_of(seams)
 
