@@ -48,11 +48,11 @@ class Guesses:
         order = np.argsort(-promises, kind="stable")  # parents come before equal children
         return paths[order], promises[order]
 
-    def accepted(self, nodes: int, luck: np.ndarray) -> int:
-        """How many of a tree's nodes hold the tokens that come; ``luck`` [depth or more], 0..1."""
+    def accepted(self, nodes: int, luck: np.ndarray) -> list[int]:
+        """Which of a tree's nodes hold the tokens that come; ``luck`` [depth or more], 0..1."""
         paths = self.nodes[0][: nodes - 1]
         ranks = (self._up_to <= luck[: len(self._up_to), None]).sum(axis=1)  # K: no guess is right
-        return int(((paths == ranks) | (paths < 0)).all(axis=1).sum())
+        return np.nonzero(((paths == ranks) | (paths < 0)).all(axis=1))[0].tolist()
 
     @cached_property
     def _up_to(self) -> np.ndarray:
@@ -136,7 +136,8 @@ def closed_loop(
         promises = None if guesses is None else guesses.nodes[1]
         at = context + done
         choice = policy.choose(promises, at, from_streams)
-        accepted = guesses.accepted(choice.nodes, luck[done:]) if choice.nodes > 1 else 0
+        ranks = guesses.accepted(choice.nodes, luck[done:]) if choice.nodes > 1 else []
+        accepted = len(ranks)
         cost += _cost(costs, choice, at)
         policy.observe(
             context=at,
@@ -145,6 +146,7 @@ def closed_loop(
             accepted=accepted,
             from_streams=from_streams,
             streams=choice.streams,
+            ranks=ranks,
         )
         steps.append(Step(done, choice.nodes, accepted, choice.streams))
         done += 1 + accepted

@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, attached, make_model, make_streams, make_tokeni
 
 from mlx_specstream import make_sampler, stream_generate
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.decode.draft import Guesses, conditioned, draft, node_probabilities
+from mlx_specstream.decode.draft import Guesses, Promises, conditioned, draft
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.errors import BadArgument
 from mlx_specstream.measure.simulate import guesses_along, replay
@@ -21,7 +21,8 @@ from mlx_specstream.model.conditioning import below_root, change_below
 from mlx_specstream.model.projections import embedding_of
 from mlx_specstream.model.seams import attach
 from mlx_specstream.train.data import Example, make_batch
-from mlx_specstream.train.loss import base_pass, evaluate, given_text, stream_hidden, stream_losses
+from mlx_specstream.train.loss import evaluate, given_text, stream_losses
+from mlx_specstream.train.passes import base_pass, stream_hidden
 from mlx_specstream.train.session import train_streams
 from mlx_specstream.train.trainer import TrainConfig
 
@@ -112,7 +113,7 @@ def test_tree_and_its_probabilities_on_the_host(size):
         best = logprobs[level, at[parent] if level else 0].argmax()
         siblings = [at[n] for n in range(1, size) if parents[n] == parent]
         assert best in siblings, "a node was drafted before its likelier sibling"
-    got = node_probabilities(Guesses(tokens, logprobs), None, shape)[: size - 1]
+    got = Promises.of(Guesses(tokens, logprobs), None, shape).probabilities[: size - 1]
     assert_close(got, np.sort(np.exp(total[1:]))[::-1], 1e-5)
 
 

@@ -20,7 +20,7 @@ from mlx_specstream.decode.costs import Costs
 from mlx_specstream.decode.draft import Guesses
 from mlx_specstream.decode.plan import Planned
 from mlx_specstream.decode.planner import LOAN, SHARE, Choice, Planner
-from mlx_specstream.decode.trust import Trust
+from mlx_specstream.decode.trust import Trust, TrustBySize
 from mlx_specstream.errors import BadArgument
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,9 +198,9 @@ def test_what_was_planned_unseen_is_learned_all_the_same():
             planner.choose_unseen = lambda context: None
         plan = steering.next_pass(guesses, None, 0)
         assert (plan.unseen is not None) == unseen
-        assert (plan.probabilities is None) == unseen
-        steering.observe(replace(plan, nodes=8), 0, 2)
-        after.append((planner._drafts, planner._trust[True].ratio, planner._balance))
+        assert (plan.promises is None) == unseen
+        steering.observe(replace(plan, nodes=8), 0, guesses.tokens[:2, 0].tolist())
+        after.append((planner._drafts, planner._trust[True].ratios, planner._balance))
     assert all(np.array_equal(a, b) for a, b in zip(*after, strict=True))
 
 
@@ -273,6 +273,36 @@ def test_trust_follows_a_change_of_text():
     assert ratios[71] < 0.4  # twelve are another text
     assert all(a > b for a, b in pairwise(ratios[59:72]))  # and never raise it
     assert ratios[-1] > 0.8
+
+
+def test_large_trees_are_not_believed_for_what_small_ones_keep():
+    """The three likeliest nodes keep what they promise, the others promise as much and keep nothing."""
+    trust, sums = TrustBySize(0.98, (1, 4, 8, 16)), np.array([0.0, 1.5, 3.0, 4.0])
+    for number in range(60):
+        trust.fade()
+        trust.add(8, sums, [0, 2] if number % 2 else [1])
+    one, small, middle, large = trust.ratios
+    assert one == 1.0
+    assert small == pytest.approx(1.0, abs=0.02)
+    assert middle == pytest.approx(0.53, abs=0.03)  # and what is believed before there is evidence
+    assert large == pytest.approx(middle), "never tried: as good as the next smaller one"
+    trust.add(16, sums, [9])
+    assert trust.ratios[3] != pytest.approx(trust.ratios[2])
+    trust.add(3, sums, [1])  # fewer than the smallest
+    assert trust.ratios[1] < small
+
+
+def test_a_planner_learns_which_nodes_are_worth_their_time():
+    promises = np.array([0.8, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3])
+    chosen = []
+    for ranks in ([0, 1], [0, 5]):  # what is accepted is among the likeliest, or is not
+        planner = Planner(costs(), sizes=(3, 8))
+        for _ in range(30):
+            planner.observe(
+                context=0, nodes=8, probabilities=promises, accepted=2, streams=True, ranks=ranks
+            )
+        chosen.append(planner.choose(promises, 0).nodes)
+    assert chosen == [3, 8]
 
 
 # --- whole texts ---

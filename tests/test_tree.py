@@ -11,9 +11,9 @@ from mlx_specstream.config import StreamConfig
 from mlx_specstream.decode.draft import (
     CopiedText,
     Guesses,
+    Promises,
     draft,
     guesses_from,
-    node_probabilities,
     size_of,
 )
 from mlx_specstream.decode.plan import make_plan
@@ -102,7 +102,7 @@ def test_best_first_tree_equals_brute_force(size, spread):
     for i, k in product(range(size), repeat=2):
         assert sees[i, k] == (named[i][: len(named[k])] == named[k])
     want = [np.exp(p) for p, _ in every[: size - 1]]
-    got = node_probabilities(Guesses(*map(np.array, guesses)), None, TreeShape("best", size))
+    got = Promises.of(guesses, None, TreeShape("best", size)).probabilities
     assert_close(got[: size - 1], np.array(want), 1e-5)
 
 
@@ -124,6 +124,21 @@ def brute_force(guesses, vocabulary, text=(), probabilities=()):
     for length in range(len(of) + 1, len(text) + 1):  # beyond the streams' reach
         every.append((np.log(probabilities[:length]).sum(), tuple(text[:length])))
     return sorted(every, key=lambda e: -e[0])
+
+
+@pytest.mark.parametrize("text", [(), (2, 6, 1, 0)])
+def test_ranks_of_accepted_nodes_equal_brute_force(text):
+    full = random_guesses(np.random.default_rng(9), 3, 7, 7)
+    odds = [0.7, 0.6, 0.55, 0.5][: len(text)]
+    every = [path for _, path in brute_force(full, 7, text, odds)]
+    guess = [int(row[0]) for row in full.tokens.tolist()]
+    made = copied(text, odds, 5) if text else None
+    promises = Promises.of(full, made, TreeShape("best", 400))  # every node
+    for path in ([], guess[:1], guess, [guess[0], int(full.tokens[1, 2])], list(text), [5, 5, 5]):
+        got = promises.ranks(path)
+        want = [every.index(tuple(path[: d + 1])) for d in range(len(got))]
+        assert got == want, path
+        assert len(got) == len(path) or path == [5, 5, 5]
 
 
 @pytest.mark.parametrize("size", [3, 6, 13, 30])

@@ -119,7 +119,7 @@ class Decoder:
         self._offset = mx.array(self.buffers.offset, dtype=mx.int32)
         self._guesses: Guesses | None = None
         self._flight: _Flight | None = None
-        self._news: tuple[NextPass, int, int] | None = None
+        self._news: tuple[NextPass, int, list[int]] | None = None
         self._behind: tuple[_Flight, Accepted, int] | None = None
         self._runs_ahead = mx.default_device().type == mx.DeviceType.cpu
 
@@ -317,7 +317,7 @@ class Decoder:
                 self._credit(flight, tokens)
         right = max(len(path) - 1 + tie, 0)  # a path that ends before a near-tie lacks that node
         if flight.place:  # the prompt's own pass drafts nothing
-            self._news = flight.plan, self.buffers.offset, right
+            self._news = flight.plan, self.buffers.offset, tokens[:right]
         if self.record is not None and flight.place:
             self._note(flight, path, right, waited)
         if ended:

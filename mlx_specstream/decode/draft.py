@@ -8,6 +8,8 @@ a branch of its own, which may be longer than there are streams.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -113,19 +115,38 @@ def draft(
     return _tree(root, paths, depth, is_copy)
 
 
-def node_probabilities(
-    guesses: Guesses | None, copied: CopiedText | None, shape: TreeShape
-) -> np.ndarray:
-    """How likely each candidate node below the root is to be accepted, most likely first.
+@dataclass(frozen=True)
+class Promises:
+    """What a draft's candidate nodes promise, on the host.
 
-    Args:
-        guesses, copied: NumPy arrays, on the host.
-
-    Returns:
-        float32 [S]
+    Shapes: paths int32 [A, D] (-1 behind the end), logprobs float32 [A], depth int32 [A].
     """
-    _, logprobs, depth, _ = _candidates(guesses, copied, shape, np)
-    return np.sort(np.exp(logprobs[depth > 0]))[::-1]
+
+    paths: np.ndarray
+    logprobs: np.ndarray
+    depth: np.ndarray
+
+    @classmethod
+    def of(cls, guesses: Guesses | None, copied: CopiedText | None, shape: TreeShape) -> Promises:
+        """Waits for the guesses if they are still on their way."""
+        guesses = None if guesses is None else Guesses(*map(np.array, guesses))
+        copied = None if copied is None else CopiedText(*map(np.array, copied))
+        return cls(*_candidates(guesses, copied, shape, np)[:3])
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Of the nodes below the root to be accepted, most likely first, float32 [S]."""
+        return np.sort(np.exp(self.logprobs[self.depth > 0]))[::-1]
+
+    def ranks(self, accepted: list[int]) -> list[int]:
+        """Places in ``probabilities`` of the nodes along a path of tokens, 0 for the likeliest."""
+        below, found = self.logprobs[self.depth > 0], []
+        for depth in range(1, len(accepted) + 1):
+            here = (self.depth == depth) & (self.paths[:, :depth] == accepted[:depth]).all(axis=1)
+            if not here.any():
+                break
+            found.append(int((below > self.logprobs[here].max()).sum()))
+        return found
 
 
 def size_of(guesses: Guesses | None, copied: CopiedText | None, shape: TreeShape) -> int:

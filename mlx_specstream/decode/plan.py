@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import StreamConfig
 from ..errors import BadArgument
-from .draft import CopiedText, Guesses, node_probabilities, size_of
+from .draft import CopiedText, Guesses, Promises, size_of
 from .planner import Planner
 from .prune import PruneRule
 from .tree import MAX_NODES, TreeShape
@@ -44,7 +44,7 @@ class NextPass:
         inline: streams ride along with them.
         streams: streams are to draft the pass after it.
         prune: early-exit pruning, or None.
-        probabilities: how likely each candidate node was thought to be accepted, descending.
+        promises: how likely each candidate node was thought to be accepted.
         from_streams: the draft came from streams (and copies, perhaps), not from copies alone.
         copied: what the copied text's nodes alone promised.
         unseen: the draft, where it was planned without a look at its probabilities.
@@ -55,7 +55,7 @@ class NextPass:
     inline: bool
     streams: bool
     prune: PruneRule | None = None
-    probabilities: np.ndarray | None = None
+    promises: Promises | None = None
     from_streams: bool = False
     copied: np.ndarray | None = None
     unseen: tuple[Guesses, CopiedText | None] | None = None
@@ -70,8 +70,8 @@ class Steering(Protocol):
     def next_pass(self, guesses: Guesses | None, text: CopiedText | None, context: int) -> NextPass:
         """The pass that verifies this draft; with neither, the root alone."""
 
-    def observe(self, plan: NextPass, context: int, accepted: int) -> None:
-        """How many drafted tokens a pass accepted."""
+    def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
+        """Which drafted tokens a pass accepted."""
 
 
 class Fixed:
@@ -96,7 +96,7 @@ class Fixed:
         inline = self.plan.placement == "inline" and self.streams
         return NextPass(tree, nodes, inline, self.streams, self.plan.prune)
 
-    def observe(self, plan: NextPass, context: int, accepted: int) -> None:
+    def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
         pass
 
 
@@ -117,51 +117,52 @@ class Planned:
     def next_pass(self, guesses, text, context: int) -> NextPass:
         drafted = guesses is not None
         choice = self.planner.choose_unseen(context) if drafted else None
-        unseen, probabilities, copied = None, None, None
+        unseen = promises = copied = None
         if choice is not None:
             unseen = guesses, text
         else:
             if drafted or text is not None:
-                probabilities, copied = self._promises(guesses, text)
-            choice = self.planner.choose(probabilities, context, from_streams=drafted)
+                promises, copied = self._promises(guesses, text)
+            said = None if promises is None else promises.probabilities
+            choice = self.planner.choose(said, context, from_streams=drafted)
         nodes = min(choice.nodes, size_of(guesses, text, self._largest))
         return NextPass(
             TreeShape("best", max(2, nodes)),
             nodes,
-            self.inline or (choice.placement == "inline" and choice.streams),
+            choice.placement == "inline" and choice.streams,
             choice.streams,
-            probabilities=probabilities,
+            promises=promises,
             from_streams=drafted,
             copied=copied,
             unseen=unseen,
         )
 
-    def observe(self, plan: NextPass, context: int, accepted: int) -> None:
-        probabilities, copied = plan.probabilities, plan.copied
+    def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
+        promises, copied = plan.promises, plan.copied
         if plan.unseen is not None:
-            probabilities, copied = self._promises(*plan.unseen)
+            promises, copied = self._promises(*plan.unseen)
         self.planner.observe(
             context=context,
             nodes=plan.nodes,
-            probabilities=probabilities,
-            accepted=accepted,
+            probabilities=None if promises is None else promises.probabilities,
+            accepted=len(accepted),
             from_streams=plan.from_streams,
             streams=plan.streams,
             copied=copied,
+            ranks=None if promises is None else promises.ranks(accepted),
         )
 
     @property
     def _largest(self) -> TreeShape:
         return TreeShape("best", max(self.planner.sizes))
 
-    def _promises(self, guesses, text) -> tuple[np.ndarray, np.ndarray | None]:
-        """What a draft's nodes promise, and what its copied text's nodes do. Waits for the draft."""
-        guesses = None if guesses is None else Guesses(*map(np.array, guesses))
-        text = None if text is None else CopiedText(*map(np.array, text))
+    def _promises(self, guesses, text) -> tuple[Promises, np.ndarray | None]:
+        """What a draft's nodes promise, and what its copied text's nodes alone do."""
         copied = None
         if text is not None:
-            copied = np.exp(np.cumsum(text.logprobs[0]))[text.tokens >= 0]
-        return node_probabilities(guesses, text, self._largest), copied
+            logprobs, tokens = np.array(text.logprobs[0]), np.array(text.tokens)
+            copied = np.exp(np.cumsum(logprobs))[tokens >= 0]
+        return Promises.of(guesses, text, self._largest), copied
 
 
 def make_plan(

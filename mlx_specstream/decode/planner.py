@@ -8,13 +8,14 @@ tokens: 1.0 is what one token of plain decoding takes. Pure and deterministic: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import BadArgument
 from .costs import Costs
-from .trust import Trust
+from .trust import TrustBySize
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 MOST_SIZES = 3  # besides the root alone: a pass is compiled once per size
@@ -101,7 +102,11 @@ class Planner:
         self._rows = np.array((1, *self.sizes))
         self._place = {int(n): i for i, n in enumerate(self._rows)}
         self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._trust = {True: Trust(MEMORY), False: Trust(RETURN)}  # by from_streams
+        sizes = self._rows.tolist()
+        self._trust = {  # by from_streams
+            True: TrustBySize(MEMORY, sizes),
+            False: TrustBySize(RETURN, sizes),
+        }
         self._drafts = np.zeros((0, len(self._rows)))  # promises of streams' recent drafts
         self._copied = self._drafts  # and of copied texts alone
         self._state = "on" if self._can_pay() else "never"  # on, off (pausing), trial, never
@@ -174,6 +179,7 @@ class Planner:
         from_streams: bool = True,
         streams: bool = False,
         copied: np.ndarray | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         """What a pass did; call it after every one, plain tokens too.
 
@@ -186,6 +192,7 @@ class Planner:
             streams: streams ran behind the pass.
             copied: where copied text is part of a draft of streams, what its nodes alone promised,
                 float [c], descending.
+            ranks: places of the accepted nodes in ``probabilities``; None: the first ones.
         """
         passes, behind = self._at(context)
         spent, tokens = self._spent(nodes, streams, context), 1 + accepted
@@ -201,7 +208,8 @@ class Planner:
             trust = self._trust[from_streams]
             if from_streams:
                 trust.fade()
-            trust.add(float(promises[: nodes - 1].sum()), accepted)
+            ranks = range(accepted) if ranks is None else ranks
+            trust.add(nodes, self._sums(promises[: nodes - 1]), ranks)
             self._size = self._place.get(nodes, self._size)
         if drafted:
             self._drafts = self._appended(self._drafts, promises)
@@ -255,7 +263,8 @@ class Planner:
     ) -> float:
         """Tokens that a pass with so many nodes is expected to bring, after what was learned."""
         promised = float(np.sum(probabilities[: nodes - 1]))
-        return 1.0 + min(nodes - 1, promised * self._trust[from_streams].ratio)
+        size = max(1, int(np.searchsorted(self._rows, nodes, side="right")) - 1)
+        return 1.0 + min(nodes - 1, promised * self._trust[from_streams].ratios[size])
 
     def expected_speedup(
         self, probabilities: np.ndarray, nodes: int, context: int, from_streams: bool = True
@@ -270,10 +279,10 @@ class Planner:
         """Place in _rows of the size whose tokens are worth most beyond the time they take."""
         passes, behind = self._at(context)
         cost = passes + behind if streams else np.concatenate([[1.0], passes[1:]])
-        ratio, price = self._trust[from_streams and self.streams > 0].ratio, self._price
+        ratios, price = self._trust[from_streams and self.streams > 0].ratios, self._price
         if self._state == "trial":
-            ratio, price = max(ratio, PROBE_TRUST), 1.0
-        tokens = 1.0 + np.minimum(ratio * self._sums(probabilities), self._rows - 1)
+            ratios, price = np.maximum(ratios, PROBE_TRUST), 1.0
+        tokens = 1.0 + np.minimum(ratios * self._sums(probabilities), self._rows - 1)
         value = tokens - price * cost
         value[1:][cost[1:] - 1.0 > self._balance] = -np.inf  # could lose more than is left
         best = int(value.argmax())
@@ -290,7 +299,7 @@ class Planner:
 
     def _believed(self, recent: np.ndarray, from_streams: bool) -> np.ndarray:
         """Expected tokens of recent drafts at each size, float64 [drafts, sizes + 1]."""
-        return 1.0 + np.minimum(recent * self._trust[from_streams].ratio, self._rows - 1)
+        return 1.0 + np.minimum(recent * self._trust[from_streams].ratios, self._rows - 1)
 
     def _spent(self, nodes: int, streams: bool, context: int) -> float:
         """What a step cost, in plain tokens."""
