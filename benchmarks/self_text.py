@@ -1,12 +1,14 @@
 """Write training data in which the base model itself completes the prompts of a task (greedily).
 
 Streams predict what the base will say, so its own text teaches them more than the reference
-answers do. Uses mlx-lm's batched generation; deterministic. The output holds text derived from the
+answers do. ``mlx-specstream train --self-distill`` does this for one data folder; here prompts of
+several tasks are mixed. A killed run goes on where it stopped. The output holds text derived from the
 task data and is not meant to be committed.
 
     python benchmarks/self_text.py --model M --out DIR --rows 8000
 """
 
+import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # noqa: F401  # isort: skip
 import argparse
 import json
 import random
@@ -14,27 +16,23 @@ import time
 from pathlib import Path
 
 from mlx_lm import load
-from mlx_lm.generate import batch_generate
 from tasks import FORMS, distinct_prompts
 
+from mlx_specstream.train.answers import SelfDistill, answers
 
-def complete(model, tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[str, str]]:
+
+def complete(model, tokenizer, prompts: list[str], max_tokens: int, out: Path):
     """(prompt, completion) pairs; answers that do not end within ``max_tokens`` are dropped."""
     bos = tokenizer.bos_token_id
     tokens = [[bos, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
-    out = batch_generate(
-        model,
-        tokenizer,
-        tokens,
-        max_tokens=max_tokens,
-        return_token_ids=True,
-        completion_batch_size=64,
-        prefill_batch_size=16,
-    )
+    how = SelfDistill(max_tokens=max_tokens, batch_size=64)
+    length = max_tokens + max(map(len, tokens))
     return [
-        (prompt, tokenizer.decode(ids).strip(" "))
-        for prompt, ids in zip(prompts, out.token_ids, strict=True)
-        if 0 < len(ids) < max_tokens
+        (prompt, tokenizer.decode(ids[:-1]).strip(" "))
+        for prompt, ids in zip(
+            prompts, answers(model, tokenizer, tokens, how, out, length, print), strict=True
+        )
+        if len(ids) > 1 and ids[-1] in tokenizer.eos_token_ids
     ]
 
 
@@ -57,7 +55,7 @@ def main():
             random.Random(task).shuffle(prompts)
             free = prompts[: len(prompts) - args.valid_rows]  # the last ones are for validation
             chosen = prompts[-count:] if split == "valid" else free[:count]
-            pairs += complete(model, tokenizer, chosen, args.max_tokens)
+            pairs += complete(model, tokenizer, chosen, args.max_tokens, args.out / "answers")
         random.Random(3).shuffle(pairs)
         with open(args.out / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for prompt, completion in pairs:

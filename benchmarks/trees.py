@@ -18,7 +18,7 @@ from tasks import FORMS, valid_sample
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.measure.simulate import (
     acceptance_by_depth,
-    guesses_along,
+    guesses_by_count,
     replay,
     tokens_per_pass,
 )
@@ -61,7 +61,8 @@ def main():
     seams, stop = seams_of(model), tokenizer.eos_token_ids
     g = seams.streams.config.num_streams
     shapes = [TreeShape.parse(t) for t in args.trees]
-    count = max(s.candidates(seams.vocabulary_size) for s in shapes)
+    counts = {s: s.candidates(seams.vocabulary_size) for s in shapes}
+    most = max(counts.values())
     results = {"machine": about_machine(), "arguments": arguments(args), "tasks": {}}
     for task in FORMS:
         answers, guesses, prompts = [], [], []
@@ -72,18 +73,18 @@ def main():
             )
             prompts.append(prompt)
             answers.append([r.token for r in said])
-            guesses.append(guesses_along(seams, prompt, answers[-1], count))
+            guesses.append(guesses_by_count(seams, prompt, answers[-1], set(counts.values())))
         rows = results["tasks"][task] = {
             "prompts": len(prompts),
             "generated_tokens": sum(map(len, answers)),
-            "accuracy": accuracy(guesses, answers, g),
+            "accuracy": accuracy([gs[most] for gs in guesses], answers, g),
             "trees": {},
         }
         for name, values in rows["accuracy"].items():
             print(f"{task} accuracy {name} of stream 1..{g}: {values}")
         for shape in shapes:
             runs = [
-                replay(gs, a, shape, args.max_tokens, stop)
+                replay(gs[counts[shape]], a, shape, args.max_tokens, stop)
                 for gs, a in zip(guesses, answers, strict=True)
             ]
             row = rows["trees"][str(shape)] = {

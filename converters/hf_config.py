@@ -11,7 +11,8 @@ import copy
 import inspect
 import re
 
-from mlx_specstream.errors import BadCheckpoint, UnsupportedModel
+from mlx_specstream.errors import BadCheckpoint, SpecStreamError, UnsupportedModel
+from mlx_specstream.model.architectures import model_classes
 
 from .dropped import check_dropped
 
@@ -37,16 +38,14 @@ DEVIATIONS = {
 
 
 def find_classes(config: dict) -> tuple[type, type]:
-    """mlx-lm's (Model, ModelArgs) for a config. Raises: UnsupportedModel with the model type."""
-    from mlx_lm.utils import _get_classes
-
+    """(Model, ModelArgs) for a config. Raises: UnsupportedModel with the model type."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", model_type):
         raise UnsupportedModel(f"config.json must name a 'model_type' but has {model_type!r}")
     try:
         # Some modules of mlx-lm print and exit when an extra package is absent.
         with contextlib.redirect_stdout(None):
-            return _get_classes(config)
+            return model_classes(config)
     except (ValueError, AttributeError, TypeError, ImportError, SystemExit):
         raise UnsupportedModel(
             f"mlx-lm has no usable architecture for model_type {model_type!r}; "
@@ -67,8 +66,12 @@ def transformers_view(config: dict) -> dict | None:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        known = {k: v for k, v in config.items() if k not in ("auto_map", "model_type")}
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(known)).to_dict()
+        skip = ("auto_map", "model_type", "dtype", "torch_dtype")
+        known = {k: v for k, v in config.items() if k not in skip}
+        made = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(known))
+        view = made.to_dict()
+        # Settings that transformers has given another name since; mlx-lm reads the first one.
+        return view
     except Exception as error:  # a config class validates by whatever its author chose to raise
         reason = " ".join(str(error).split())[:200]
         raise BadCheckpoint(f"config.json is not a valid {model_type!r} config: {reason}") from None
@@ -95,7 +98,9 @@ def normalise(config: dict) -> tuple[dict, list[str]]:
                 config["text_config"], notes = normalise(text)
         else:
             rewrite(config, args_class, notes)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except SpecStreamError:
+        raise
+    except Exception as error:  # a setting may be of any kind and size, and is used in many ways
         raise BadCheckpoint(f"config.json holds a value of the wrong kind: {error!r}") from None
     return with_dtype(config), notes
 

@@ -1,11 +1,13 @@
 """The Hugging Face folder to convert: where it is, what it may not ask for, what is copied."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mlx_specstream.errors import BadCheckpoint, UnsupportedModel
 from mlx_specstream.hub import resolve
 
+from .plausible import check_plausible
 from .weights import read_json
 
 CONFIG_FILES = ("config.json", "generation_config.json", "hf_quant_config.json")
@@ -33,13 +35,16 @@ OTHER_FILES = (
     "LICENSE*",
     "NOTICE*",
 )  # a licence travels with its weights
+CARD = "README.md"  # not copied: the result gets one of its own
 CODE_FILES = ("*.py",)  # copied on request only
+# Many repositories hold the weights several times: the first kind that is there is taken.
 WEIGHT_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
+    ("model*.safetensors", "model.safetensors.index.json", "pytorch_streams.safetensors"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("consolidated*.safetensors", "params.json"),
+    ("consolidated*.pth", "params.json"),
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "adapters.safetensors")
 
 
 def find_source(hf_path: str, revision: str | None = None, code: bool = False) -> Path:
@@ -53,18 +58,29 @@ def find_source(hf_path: str, revision: str | None = None, code: bool = False) -
 def download(repo: str, revision: str | None, code: bool) -> str:
     from huggingface_hub import list_repo_files, snapshot_download
 
-    wanted = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ())]
+    wanted = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ()), CARD]
     try:
-        # Many repositories hold the weights twice: only take `.bin` where nothing better is.
         names = list_repo_files(repo, revision=revision)
-        safe = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
-        wanted += WEIGHT_FILES[:2] if safe else WEIGHT_FILES[2:]
+        kinds = [kind for kind in WEIGHT_FILES if any(fnmatch(name, kind[0]) for name in names)]
+        wanted += kinds[0] if kinds else ADAPTER_FILES
         return snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except Exception as online:
         try:  # offline, or the Hub is down: an earlier download will do
             return snapshot_download(repo, revision=revision, local_files_only=True)
         except Exception:
             raise online from None
+
+
+def find_adapter(path: str, revision: str | None = None) -> Path:
+    """The folder of an adapter, local or from the Hub. Raises: as `find_source`."""
+
+    def bring(repo: str) -> str:
+        from huggingface_hub import snapshot_download
+
+        wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, *OTHER_FILES]
+        return snapshot_download(repo, revision=revision, allow_patterns=wanted)
+
+    return resolve(path, bring)
 
 
 def read_config(folder: Path) -> dict:
@@ -75,7 +91,7 @@ def read_config(folder: Path) -> dict:
         raise BadCheckpoint(f"{folder}: not a model folder, config.json is missing")
     for name in CONFIG_FILES:
         if (folder / name).is_file():
-            read_json(folder / name)  # mlx-lm trusts these to be objects
+            check_plausible(read_json(folder / name))  # mlx-lm trusts these to be objects
     return load_config(folder)
 
 
@@ -117,7 +133,8 @@ def is_stock(entry: str, model_type) -> bool:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    return entry.rpartition(".")[2] == NAMES.get(model_type, entry.rpartition(".")[2])
+    own = entry.rpartition(".")[2]
+    return isinstance(model_type, str) and own == NAMES.get(model_type, own)
 
 
 def copy_files(folder: Path, target: Path, code: bool) -> None:

@@ -6,11 +6,11 @@ storages behind them. In both a tensor is (storage, offset, shape, stride) and t
 little-endian numbers, so reading needs a pickle interpreter that knows about ten names.
 """
 
+import contextlib
 import io
 import math
 import mmap
-import pickle
-import pickletools
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -21,9 +21,14 @@ import numpy as np
 
 from mlx_specstream.errors import BadCheckpoint
 
+from .nested import State, find_state
+from .pickle_reader import MAX_BYTES, plain_key, read_pickle
+from .plausible import check_names
+
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file written before PyTorch 1.6
-MAX_PICKLE = 256 << 20  # bytes; the description of a 70B checkpoint's shard is below 1 MB
+MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's table of contents; an entry takes about 80
 MAX_DIMS = 16
+MAX_SHARING = 8  # tensors may share storages (tied heads do), but not claim the whole disk
 
 # storage class of PyTorch -> (name of the MLX dtype, numpy dtype that holds the bits)
 STORAGES = {
@@ -36,8 +41,9 @@ STORAGES = {
     "ShortStorage": ("int16", "i2"),
     "CharStorage": ("int8", "i1"),
     "ByteStorage": ("uint8", "u1"),
-    "BoolStorage": ("bool", "u1"),
+    "BoolStorage": ("bool_", "u1"),
 }
+NARROWED = {"float64": "float32"}  # MLX computes in no more
 
 
 class StorageType(NamedTuple):
@@ -66,6 +72,9 @@ class TensorView(NamedTuple):
 class StateDict(dict):
     """Stands for `collections.OrderedDict`; what a pickle sets as its attributes is dropped."""
 
+    def __init__(self, pairs=()):
+        super().__init__((plain_key(key), value) for key, value in pairs)
+
     def __setstate__(self, state):
         pass
 
@@ -83,13 +92,20 @@ class Rebuild:
         return view(first, *rest[:3])
 
 
+def torch_size(dims=()) -> tuple:
+    """Stands for `torch.Size`."""
+    if len(dims) > MAX_DIMS:
+        raise BadCheckpoint(f"a tensor of {len(dims)} dimensions")
+    return tuple(dims)
+
+
 REBUILD = Rebuild()
 ALLOWED = {
     ("collections", "OrderedDict"): StateDict,
     ("torch._utils", "_rebuild_tensor"): REBUILD,
     ("torch._utils", "_rebuild_tensor_v2"): REBUILD,
     ("torch._utils", "_rebuild_parameter"): REBUILD,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): torch_size,
     **{("torch", name): StorageType(*types) for name, types in STORAGES.items()},
 }
 
@@ -106,11 +122,14 @@ def view(storage: Storage, offset, shape, stride) -> TensorView:
     """
     if not (isinstance(shape, (tuple, list)) and isinstance(stride, (tuple, list))):
         raise BadCheckpoint("a tensor's shape and stride must be tuples")
-    shape, stride = tuple(shape), tuple(stride)
     if len(shape) != len(stride) or len(shape) > MAX_DIMS:
-        raise BadCheckpoint(f"a tensor of shape {shape} cannot have stride {stride}")
+        raise BadCheckpoint(
+            f"a tensor of {len(shape)} dimensions cannot have stride of {len(stride)}; at most "
+            f"{MAX_DIMS} are read"
+        )
     if not all(map(is_size, (offset, *shape, *stride))):
-        raise BadCheckpoint(f"negative or huge tensor: offset {offset}, {shape}, stride {stride}")
+        raise BadCheckpoint("a tensor has a negative or huge offset, shape or stride")
+    shape, stride = tuple(shape), tuple(stride)
     count = math.prod(shape)
     extent = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1 if count else 0
     if offset + extent > storage.numel or count > storage.numel:
@@ -121,45 +140,28 @@ def view(storage: Storage, offset, shape, stride) -> TensorView:
     return TensorView(storage, offset, shape, stride)
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """A pickle reader for tensors: any name outside `ALLOWED` is an error, nothing is imported."""
-
-    def find_class(self, module, name):
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise BadCheckpoint(
-                f"the pickle asks for {module}.{name}, which is not part of a plain checkpoint; "
-                "it was not run. Use a checkpoint in safetensors"
-            ) from None
-
-    def persistent_load(self, pid):
-        match pid:
-            case ("storage", StorageType(dtype, bits), str(key), str(), numel, *rest) if is_size(
-                numel
-            ):
-                if any(part is not None for part in rest):  # views of views, before PyTorch 0.4
-                    raise BadCheckpoint("storage views of PyTorch < 0.4 are not supported")
-                return Storage(dtype, bits, key, numel)
-        raise BadCheckpoint(f"unreadable storage in the pickle: {str(pid)[:80]}")
+def storage_of(pid) -> Storage:
+    """The storage that a persistent id of the pickle names."""
+    match pid:
+        case ("storage", StorageType(dtype, bits), str(key), str(), numel, *rest) if is_size(numel):
+            if any(part is not None for part in rest):  # views of views, before PyTorch 0.4
+                raise BadCheckpoint("storage views of PyTorch < 0.4 are not supported")
+            return Storage(dtype, bits, key, numel)
+    raise BadCheckpoint("unreadable storage in the pickle")
 
 
 def unpickle(stream):
     """Read one pickle from a binary file object and leave the position behind it."""
-    start = stream.tell()
-    try:
-        for opcode, argument, position in pickletools.genops(stream):
-            if (position or start) - start > MAX_PICKLE:
-                raise BadCheckpoint(f"the pickle is longer than {MAX_PICKLE >> 20} MiB")
-            # The C reader allocates its memo up to the index before it looks at anything else.
-            if opcode.name in ("PUT", "LONG_BINPUT") and argument > MAX_PICKLE:
-                raise BadCheckpoint(f"memo index {argument} in the pickle")
-        stream.seek(start)
-        return TensorUnpickler(stream, encoding="utf-8").load()
-    except BadCheckpoint:
-        raise
-    except Exception as error:  # a damaged pickle fails in many ways, none of them ours
-        raise BadCheckpoint(f"the pickle is damaged ({type(error).__name__}: {error})") from None
+    return read_pickle(stream, ALLOWED, storage_of)
+
+
+class CarefulFile(io.FileIO):
+    """A file for `zipfile`, which reads the whole table of contents before anyone can look."""
+
+    def read(self, size=-1):
+        if size > MAX_DIRECTORY:
+            raise BadCheckpoint(f"the archive's table of contents claims {size} bytes")
+        return super().read(size)
 
 
 class ZipStorages:
@@ -172,10 +174,11 @@ class ZipStorages:
         if len(pickles) != 1:
             raise BadCheckpoint(f"expected one data.pkl in the archive but found {len(pickles)}")
         self.prefix = pickles[0][: -len("data.pkl")]
-        self.pickle = bytes(self.read("data.pkl"))
-        order = bytes(self.read("byteorder")) if self.prefix + "byteorder" in self.entries else b""
+        self.pickle = bytes(self.read("data.pkl")[:MAX_BYTES])
+        named = self.prefix + "byteorder" in self.entries
+        order = bytes(self.read("byteorder")[:16]) if named else b""
         if order not in (b"", b"little", b"big"):
-            raise BadCheckpoint(f"unknown byte order {order[:16]!r}")
+            raise BadCheckpoint(f"unknown byte order {order!r}")
         self.order = ">" if order == b"big" else "<"
 
     def read(self, name: str) -> memoryview:
@@ -186,7 +189,7 @@ class ZipStorages:
             raise BadCheckpoint(f"archive entry {name!r} is compressed; PyTorch never does that")
         # The local header repeats the name and has its own extra field, which pads to 64 bytes.
         header = self.data[entry.header_offset : entry.header_offset + 30]
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        if entry.header_offset < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise BadCheckpoint(f"archive entry {name!r} has no header: the file is damaged")
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if start + entry.file_size > len(self.data):
@@ -219,8 +222,7 @@ class LegacyStorages:
         keys = unpickle(stream)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise BadCheckpoint("the list of storages is damaged")
-        check_state(self.state)
-        self.owners = {tensor.storage.key: tensor.storage for tensor in self.state.values()}
+        self.owners = {tensor.storage.key: tensor.storage for tensor in tensors_in(self.state)}
         self.starts, at = {}, stream.tell()
         for key in keys:
             if key not in self.owners:
@@ -243,18 +245,22 @@ class LegacyStorages:
         return np.frombuffer(self.data, bits, storage.numel, self.starts[storage.key])
 
 
-def check_state(state) -> None:
-    """Raise BadCheckpoint unless the pickled object is a flat dict of name -> tensor."""
-    if not isinstance(state, dict):
-        raise BadCheckpoint(
-            f"expected a dict of tensors but the pickle is a {type(state).__name__}"
-        )
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, TensorView):
-            raise BadCheckpoint(
-                f"entry {str(name)[:60]!r} is a {type(value).__name__}, not a tensor; save the "
-                "model's state_dict"
-            )
+def is_tensor(value) -> bool:
+    return isinstance(value, TensorView)
+
+
+def tensors_in(tree) -> list[TensorView]:
+    """All tensors in what a pickle holds, an optimizer's among them (its nesting is limited)."""
+    waiting, found = [tree], []
+    while waiting:
+        value = waiting.pop()
+        if is_tensor(value):
+            found.append(value)
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return found
 
 
 def to_mlx(values: np.ndarray, tensor: TensorView) -> mx.array:
@@ -264,37 +270,71 @@ def to_mlx(values: np.ndarray, tensor: TensorView) -> mx.array:
         values[tensor.offset :], tensor.shape, steps, writeable=False
     )
     dtype = tensor.storage.dtype
-    native = "f4" if dtype == "float64" else values.dtype.newbyteorder("=")
+    native = "f4" if dtype in NARROWED else values.dtype.newbyteorder("=")
     # A copy: MLX wants aligned rows, and the mapped file is closed afterwards.
     array = mx.array(np.array(values, dtype=native, order="C"))
     if dtype == "bfloat16":
         return array.view(mx.bfloat16)
-    return array.astype(mx.bool_) if dtype == "bool" else array
+    return array.astype(mx.bool_) if dtype == "bool_" else array
 
 
-def load_torch(path: Path) -> dict[str, mx.array]:
-    """Tensors of a `.bin` file by name. No code of the file runs and no name in it is a path.
+@contextlib.contextmanager
+def open_torch(path: Path):
+    """The state dict of a `.bin` file, tensors as descriptions, and the storages that hold them.
 
-    Raises: BadCheckpoint, with the file's name, for anything but a flat dict of plain tensors.
+    No code of the file runs and no name in it is a path. Raises: BadCheckpoint, with the file's
+    name, for anything but a dict of plain tensors, bare or under a usual name.
     """
     try:
         with open(path, "rb") as stream:
-            if path.stat().st_size == 0:
+            if (length := os.fstat(stream.fileno()).st_size) == 0:
                 raise BadCheckpoint("the file is empty")
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             if data[:4] == b"PK\x03\x04":
-                with zipfile.ZipFile(stream) as archive:
+                with CarefulFile(path) as careful, zipfile.ZipFile(careful) as archive:
                     storages = ZipStorages(archive, data)
-                    state = unpickle(io.BytesIO(storages.pickle))
+                state = unpickle(io.BytesIO(storages.pickle))
             else:
                 storages = LegacyStorages(stream, data)
                 state = storages.state
-            check_state(state)
-            return {
-                name: to_mlx(storages.array(tensor.storage), tensor)
-                for name, tensor in state.items()
-            }
+            found = find_state(state, is_tensor)
+            check_names(found.tensors)
+            check_amount(found.tensors, length)
+            yield found, storages
     except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError) as error:
         raise BadCheckpoint(f"{path}: truncated or damaged archive ({error})") from None
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path}: {error}") from None
+
+
+def check_amount(state: dict[str, TensorView], length: int) -> None:
+    """Raise BadCheckpoint where few bytes claim to be many tensors."""
+    claimed = sum(math.prod(t.shape) * np.dtype(t.storage.bits).itemsize for t in state.values())
+    if claimed > MAX_SHARING * length:
+        raise BadCheckpoint(f"tensors of {claimed} bytes in a file of {length}")
+
+
+def load_torch(path: Path) -> dict[str, mx.array]:
+    """Tensors of a `.bin` file by name. Raises: as `open_torch`."""
+    with open_torch(path) as (state, storages):
+        tensors = {}
+        for name, tensor in state.tensors.items():
+            tensors[name] = to_mlx(storages.array(tensor.storage), tensor)
+            storages.data.madvise(mmap.MADV_DONTNEED)  # what was read need not stay in memory
+        return tensors
+
+
+def describe_torch(path: Path) -> dict[str, mx.array]:
+    """As `load_torch`, but nothing is read: lazy zeros of the same shapes and dtypes."""
+    with open_torch(path) as (state, _):
+        return {
+            name: mx.zeros(tensor.shape, getattr(mx, NARROWED.get(kind, kind)))
+            for name, tensor in state.tensors.items()
+            for kind in [tensor.storage.dtype]
+        }
+
+
+def read_state(path: Path) -> State:
+    """What lies in a file, and what beside the state dict; tensors as descriptions."""
+    with open_torch(path) as (state, _):
+        return state

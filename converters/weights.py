@@ -1,26 +1,20 @@
 """The weight files of a Hugging Face folder: which they are, and whether they are whole."""
 
 import json
-import math
 import re
-import struct
 from pathlib import Path
 
 from mlx_specstream.errors import BadCheckpoint
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
+MAX_JSON = 32 << 20  # bytes; the index of a model of 700B parameters has 10 MB
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises: BadCheckpoint when it cannot be read or is something else."""
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise BadCheckpoint(f"{path}: longer than {MAX_JSON} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path}: not readable as JSON ({error})") from None
@@ -44,6 +38,15 @@ def find_weights(folder: Path) -> list[Path]:
             require_files(folder, expected_shards(files))
             return files
     raise BadCheckpoint(f"{folder}: no weights; expected model*.safetensors or pytorch_model*.bin")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything that `find_weights` would look at."""
+    return any(
+        True
+        for pattern in ("model*.safetensors*", "pytorch_model*.bin*")
+        for _ in folder.glob(pattern)
+    )
 
 
 def indexed(folder: Path, index: Path, suffix: str) -> list[Path]:
@@ -86,54 +89,6 @@ def some(names, limit: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def check_safetensors(path: Path) -> set[str]:
-    """Check a safetensors header against its file and return the tensor names.
-
-    Raises: BadCheckpoint when the file is truncated, when a tensor's bytes do not fit its shape or
-    lie outside the file, or when two tensors overlap.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise BadCheckpoint(
-                f"{path}: truncated or not safetensors: {size} bytes, header of {length} announced"
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise BadCheckpoint(f"{path}: unreadable safetensors header ({error})") from None
-    if not isinstance(header, dict):
-        raise BadCheckpoint(f"{path}: the safetensors header must be a JSON object")
-    header.pop("__metadata__", None)
-    spans = sorted(span(path, name, entry) for name, entry in header.items())
-    at = 0
-    for start, stop, name in spans:
-        if start < at:
-            raise BadCheckpoint(f"{path}: tensor {name!r} overlaps another one")
-        at = max(at, stop)
-    if 8 + length + at > size:
-        raise BadCheckpoint(
-            f"{path}: truncated: {8 + length + at} bytes are needed but the file has {size}; "
-            "download it again"
-        )
-    return set(header)
-
-
-def span(path: Path, name: str, entry) -> tuple[int, int, str]:
-    """First and last byte of one header entry, behind the header."""
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
-            sizes = [start, stop, *shape]
-            whole = all(type(n) is int and n >= 0 for n in sizes)
-            if whole and dtype not in ITEM_BYTES:
-                raise BadCheckpoint(f"{path}: tensor {name!r} has unsupported type {dtype!r}")
-            if whole and stop - start == math.prod(shape) * ITEM_BYTES[dtype]:
-                return start, stop, name
-    raise BadCheckpoint(f"{path}: tensor {name!r} has a damaged header entry")
 
 
 def check_unique(names_of: dict[Path, set[str]]) -> None:

@@ -12,6 +12,7 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .errors import BadCheckpoint, UnsupportedModel
 from .hub import resolve
+from .model.architectures import model_classes
 from .model.checkpoint import find_streams, load_streams
 from .model.seams import attach
 from .model.support import check_supported
@@ -101,7 +102,11 @@ def load_base(
     _warn_rope(config, folder)
     try:
         model, config = load_model(
-            folder, lazy, model_config=model_config, trust_remote_code=trust_remote_code
+            folder,
+            lazy,
+            model_config=model_config,
+            get_model_classes=model_classes,
+            trust_remote_code=trust_remote_code,
         )
     except (
         ValueError,

@@ -1,176 +1,31 @@
-"""Write tests/golden: tiny random Hugging Face checkpoints and the logits transformers gives them.
+"""Write tests/golden and tests/golden_sources: tiny random models and the logits to reach.
 
-Needs torch and transformers, which neither the package nor its tests use:
+    pip install -e '.[torch]' && python tests/make_golden.py [name ...]
 
-    pip install torch "transformers>=5" && python tests/make_golden.py [name ...]
-
-The stored files come from transformers 5.23.0 with torch 2.15.0 on a CPU. Every setting that a
-converter could lose is far from its default, and all sizes differ. Lengths are chosen where mlx-lm
-agrees with transformers: Gemma 2 within its window, longrope beyond the original context (mlx-lm
-always uses the long factors), Gemma 3 with a width whose root is exact in bfloat16 (mlx-lm rounds
-it).
+The stored files come from transformers 5.23.0, torch 2.15.0 and PEFT 0.21.2 on a CPU; the tests that
+read them need none of these.
 """
 
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch_sources
+import torch_twin
+from torch_models import LENGTH, MODELS, SHAPE, build, logits_of, pack_experts, save_packed
 
 GOLDEN = Path(__file__).parent / "golden"
-LENGTH = 22  # tokens; longer than every window but Gemma 2's
-SHAPE = {
-    "vocab_size": 43,
-    "hidden_size": 24,
-    "intermediate_size": 36,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 15000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "beta_fast": 8.0,
-    "beta_slow": 1.0,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 20000.0,
-    "partial_rotary_factor": 0.5,
-    "short_factor": [1.0, 1.1],
-    "long_factor": [1.7, 3.5],
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 7e4, "factor": 3.0}
-PLAIN = {"rope_type": "default", "rope_theta": 3e5}
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-
-MODELS = {
-    "llama": {"head_dim": 10, "attention_bias": True, "rope_parameters": LLAMA3},
-    "llama_bf16": {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": LINEAR},
-    "mistral": {"head_dim": 8, "sliding_window": 9, "layer_types": MIXED, "rope_parameters": PLAIN},
-    "qwen2": {"rope_parameters": YARN, "tie_word_embeddings": True},
-    "qwen3": {"head_dim": 14, "rope_parameters": {**LINEAR, "rope_theta": 9e5}},
-    "phi3": {
-        "hidden_size": 32,
-        "original_max_position_embeddings": 16,
-        "sliding_window": None,
-        "rope_parameters": LONGROPE,
-    },
-    "gemma2": {
-        "head_dim": 10,
-        "sliding_window": 64,
-        "query_pre_attn_scalar": 12,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 7.0,
-        "rope_parameters": PLAIN,
-    },
-    "gemma3_text": {
-        "hidden_size": 36,
-        "intermediate_size": 44,
-        "head_dim": 12,
-        "sliding_window": 9,
-        "query_pre_attn_scalar": 20,
-        "num_hidden_layers": 4,
-        "layer_types": [*MIXED, "full_attention"],
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
-        },
-    },
-    "mixtral": {
-        "num_local_experts": 5,
-        "num_experts_per_tok": 3,
-        "num_hidden_layers": 2,
-        "sliding_window": None,
-        "rope_parameters": PLAIN,
-    },
-    "smollm3": {
-        "num_hidden_layers": 4,
-        "no_rope_layers": [1, 0, 1, 1],
-        "tie_word_embeddings": False,
-        "rope_parameters": LLAMA3,
-    },
-    "olmo2": {"rope_parameters": YARN, "tie_word_embeddings": False},
-    "gpt_oss": {  # expert weights as MXFP4, in blocks of 32, as it is published
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "head_dim": 14,
-        "num_local_experts": 5,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "sliding_window": 9,
-        "layer_types": MIXED[:2],
-        "rope_parameters": YARN,
-    },
-    "phi": {
-        "head_dim": None,
-        "hidden_size": 32,
-        "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25},
-    },
-}
-
-
-def build(name: str):
-    """A random model whose logits depend on every setting: weights far above the usual 0.02."""
-    torch.manual_seed(sum(map(ord, name)))
-    family = name.removesuffix("_bf16")
-    settings = {k: v for k, v in {**SHAPE, **MODELS[name]}.items() if k != "head_dim" or v}
-    folder = GOLDEN / name
-    (folder / "config.json").write_text(json.dumps({"model_type": family, **settings}))
-    # Through a file, as users load it: `mistral` with layer types becomes another class there.
-    config = AutoConfig.from_pretrained(folder)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            spread = 0.3 if value.ndim > 1 else 0.1
-            value.add_(torch.randn_like(value) * spread)
-            if name.endswith("bf16"):
-                value.copy_(value.bfloat16().float())
-            assert value.isfinite().all(), key
-    return model
-
-
-def pack_experts(model) -> dict:
-    """Replace the expert weights by random MXFP4 ones; returns the packed tensors by name."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    packed = {}
-    for key, value in model.named_parameters():
-        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, width, out = value.shape
-            blocks = torch.randint(0, 256, (experts, out, width // 32, 16), dtype=torch.uint8)
-            scales = torch.randint(123, 126, (experts, out, width // 32), dtype=torch.uint8)
-            with torch.no_grad():
-                value.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
-            packed |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-    return packed
+SOURCES = Path(__file__).parent / "golden_sources"
+WRITTEN = [name for name in MODELS if name not in ("llama_plain", "qwen3_moe", "opt_untied")]
 
 
 def save(name: str, model, packed: dict) -> None:
     folder = GOLDEN / name
     if packed:
-        state = {k: v for k, v in model.state_dict().items() if f"{k}_blocks" not in packed}
-        save_file({**state, **packed}, folder / "model.safetensors", metadata={"format": "pt"})
-        model.config.quantization_config = {"quant_method": "mxfp4"}
-        model.config.save_pretrained(folder)
+        save_packed(model, packed, folder)
         return
     if name == "qwen2":  # two pickled shards with an index: one of today, one of before 1.6
         state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
@@ -193,17 +48,61 @@ def write(name: str) -> None:
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model = build(name)
+    model = build(name, folder)
     packed = pack_experts(model) if name == "gpt_oss" else {}
     tokens = torch.randint(3, SHAPE["vocab_size"], (LENGTH,))
-    with torch.no_grad():
-        logits = model(tokens[None]).logits[0].float()
+    logits = logits_of(model, tokens.tolist())
     save(name, model, packed)
     rows = [[round(x, 5) for x in row] for row in logits.tolist()]
     (folder / "logits.json").write_text(json.dumps({"tokens": tokens.tolist(), "logits": rows}))
     print(f"{name}: largest logit {logits.abs().max():.3f}, {logits.std():.3f} spread")
 
 
+def rounded(rows):
+    return [rounded(row) if isinstance(row, list) else round(row, 5) for row in rows]
+
+
+def write_source(name: str) -> None:
+    """A source that is no Hugging Face folder. Adapters are for the model of tests/golden."""
+    folder = SOURCES / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    torch.manual_seed(len(name))
+    tokens = torch.randint(3, SHAPE["vocab_size"], (LENGTH // 2,)).tolist()
+    if name in ADAPTERS:
+        base, settings = ADAPTERS[name]
+        adapted = torch_sources.write_peft(build_again(base), folder, **settings)
+        (folder / "README.md").unlink()
+        found = {"base": base, "logits": logits_of(adapted, tokens)}
+    else:
+        model = build("llama_plain", folder)
+        if name == "meta":
+            torch_sources.write_meta(model, folder, 2)
+            (folder / "config.json").unlink()
+            found = {"logits": logits_of(model, tokens)}
+        else:
+            config = {**torch_twin.FULL, **torch_twin.VARIANTS[STREAMS[name]]}
+            tensors = torch_twin.random_streams(model, config)
+            torch_sources.save_training(model, tensors, config, folder)
+            found = torch_twin.twin(model, tensors, config, tokens)
+    found = {k: rounded(v.tolist()) if torch.is_tensor(v) else v for k, v in found.items()}
+    (folder / "logits.json").write_text(json.dumps({"tokens": tokens, **found}))
+    print(name)
+
+
+def build_again(name: str):
+    """The model of tests/golden/{name} (its config.json there is left alone)."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build(name, Path(folder))
+
+
+ADAPTERS = {
+    "lora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+    "dora": ("opt", {"target_modules": ["q_proj", "out_proj", "fc1"], "use_dora": True}),
+}
+STREAMS = {"streams": "every part", "streams_shared": "shared"}
+
+
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or MODELS:
-        write(chosen)
+    for chosen in sys.argv[1:] or [*WRITTEN, "meta", *ADAPTERS, *STREAMS]:
+        (write if chosen in MODELS else write_source)(chosen)

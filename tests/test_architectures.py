@@ -286,11 +286,14 @@ def test_adapters_reach_every_projection(name):
     missing = {  # these have no such projection, or (internlm2) no column block of its own for it
         "phi": {"gate_proj"},
         "starcoder2": {"gate_proj"},
+        "gpt2": {"gate_proj"},
+        "opt": {"gate_proj"},
+        "opt:350m": {"gate_proj"},
         "internlm2": {"q_proj", "k_proj", "v_proj"},
     }
     config = StreamConfig(num_streams=1, msa_layers=2)
     heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
-    if name == "phi":
+    if name in ("phi", "gpt2", "opt", "opt:350m"):
         heads = dict.fromkeys(heads, 4)
     for layer in stream_shapes(make_model(name), config):
         assert set(config.lora_targets) - set(layer) == missing.get(name, set())
@@ -319,16 +322,16 @@ def refused(module: str, config: dict, match: str):
 
 def test_refusals_name_the_reason(monkeypatch):
     small = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
-    gpt2 = {"n_ctx": 40, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 40}
-    refused("gpt2", {**gpt2, "layer_norm_epsilon": 1e-5, "vocab_size": 61}, "learned positions")
     mamba = {**small, "intermediate_size": 48, "state_size": 4, "conv_kernel": 3}
     mamba |= {"use_bias": False, "use_conv_bias": True, "time_step_rank": 2}
     refused("mamba", mamba, "recurrent or hybrid")
     dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}
     dynamic |= {"intermediate_size": 40, "num_attention_heads": 2, "rms_norm_eps": 1e-5}
     refused("llama", {**small, **dynamic}, "dynamic NTK")
-    # What the list of refusals knows, the probe would find too.
-    monkeypatch.setattr("mlx_specstream.model.support.REFUSED", {})
+    # A table of positions under a name that the seams do not know: the probe finds out.
+    monkeypatch.setattr("mlx_specstream.model.support.TESTED", frozenset())
+    monkeypatch.setattr("mlx_specstream.model.positions.TABLES", ())
+    gpt2 = {"n_ctx": 40, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 40}
     refused(
         "gpt2", {**gpt2, "layer_norm_epsilon": 1e-5, "vocab_size": 61}, "does not fit the seams"
     )

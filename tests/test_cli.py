@@ -316,12 +316,12 @@ def fails_convert(capsys, *argv) -> str:
 def test_convert_on_a_full_disk_damages_nothing(capsys, tmp_path, monkeypatch):
     import errno
 
-    import mlx_lm.utils
+    from mlx_specstream.converters import shards
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(mlx_lm.utils, "save_model", full)
+    monkeypatch.setattr(shards, "write_safetensors", full)
     argv = ["convert", "--hf-path", MODEL, "-d", "--mlx-path", tmp_path / "out"]
     assert "disk is full" in fails_convert(capsys, *argv)
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_specstream.converters import convert
+from mlx_specstream.model.architectures import model_classes
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(path.name for path in GOLDEN.iterdir())
@@ -54,7 +55,7 @@ def data():
 def logits(folder, tokens):
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(folder)
+    model, _ = load_model(folder, get_model_classes=model_classes)
     return np.array(model(mx.array([tokens]))[0].astype(mx.float32))  # [L, V]
 
 

@@ -27,7 +27,7 @@ from mlx_specstream.model.checkpoint import (
     save_draft_vocabulary,
     save_streams,
 )
-from mlx_specstream.model.projections import embedding_of, weight_shape
+from mlx_specstream.model.projections import embedding_of, hidden_size
 from mlx_specstream.model.seams import attach, seams_of
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.session import train_streams
@@ -50,7 +50,7 @@ def check_columns(model, tolerance=2e-6):
     """Logits [2, 3, F] of the draft head against the whole head's; the stock model stays."""
     seams = attach(model)
     mx.random.seed(8)
-    hidden = mx.random.normal((2, 3, weight_shape(embedding_of(model))[1]))
+    hidden = mx.random.normal((2, 3, hidden_size(model)))
     before, whole = arrays(model), np.array(seams.head(hidden))
     seams.draft_vocabulary = IDS
     got = seams.draft_head(hidden)

@@ -205,7 +205,7 @@ def test_loss_in_chunks_of_the_head(monkeypatch):
 
 def test_the_early_exit_learns_the_next_token():
     seams, batch = attached(prune_rank=2), a_batch()
-    _, found = stream_losses(seams, batch)
+    found = stream_losses(seams, batch).early_exit
     run = Pass(causal_rows(0, batch.tokens.shape[1]))
     seams.forward(run, mx.array(batch.tokens))
     logits = np.array(seams.head(seams.streams.exit_hidden(run.cut_hidden)), np.float64)
@@ -215,7 +215,7 @@ def test_the_early_exit_learns_the_next_token():
             row = logits[b, host]
             losses.append(np.log(np.exp(row).sum()) - row[example.tokens[host + 1]])
     assert_close(found, np.mean(losses), 1e-5)
-    loss = lambda batch: stream_losses(seams, batch)[1]  # noqa: E731
+    loss = lambda batch: stream_losses(seams, batch).early_exit  # noqa: E731
     _, gradient = nn.value_and_grad(seams.streams, loss)(batch)
     assert np.array(gradient["early_exit"]["b"]).any()
 
@@ -340,6 +340,19 @@ def test_nothing_or_something_else_to_resume(data, tmp_path):
         run(data, out, resume=True, config={"learning_rate": 0.1})
     with pytest.raises(BadCheckpoint, match="num_streams = 2, not 3"):
         run(data, out, resume=True, streams=StreamConfig(3, 2, 4, 4.0))
+    whole = mx.load(str(out / CHECKPOINT), return_metadata=True)
+    for name in (
+        "learner.embeddings",
+        "optimizer.states.0.step",
+    ):  # of a version that names things so
+        other = {k: v for k, v in whole[0].items() if k != next(iter(whole[0]))}
+        mx.save_safetensors(str(out / CHECKPOINT), {**other, name: mx.zeros(1)}, whole[1])
+        with pytest.raises(BadCheckpoint, match="another version"):
+            run(data, out, resume=True)
+    mx.save_safetensors(str(out / CHECKPOINT), *whole)
+    write(data, "train.jsonl", [{"text": "a5 a6 a7 a8"}, {"text": "a5 a6 a7 a9"}])
+    with pytest.raises(BadCheckpoint, match="of other data"):
+        run(data, out, resume=True)
     (out / CHECKPOINT).write_bytes(b"damaged")
     with pytest.raises(BadCheckpoint, match="cannot be read"):
         run(data, out, resume=True)

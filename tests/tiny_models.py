@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -11,7 +10,8 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.model.projections import embedding_of, weight_shape
+from mlx_specstream.model.architectures import model_classes
+from mlx_specstream.model.projections import embedding_of, hidden_size, weight_shape
 from mlx_specstream.model.seams import Seams, attach, stream_shapes
 from mlx_specstream.model.streams import Streams
 
@@ -151,17 +151,34 @@ CONFIGS = {
     },
     "internlm2": {**NO_HEAD_DIM, "bias": True},
     "seed_oss": {"attention_bias": True},
+    "ministral3": {
+        "layer_types": [*SLIDING, *SLIDING, SLIDING[0]],
+        "sliding_window": WINDOW,
+        "rope_parameters": {**YARN, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.7},
+    },
+    "gpt2": {
+        **{"n_embd": 96, "n_head": 4, "n_layer": 5, "n_positions": 90, "n_ctx": 90},
+        "layer_norm_epsilon": 1e-5,
+    },
+    "opt": {**NO_HEAD_DIM, "ffn_dim": 160, "max_position_embeddings": 90},
+    "opt:350m": {
+        **NO_HEAD_DIM,
+        "ffn_dim": 160,
+        "max_position_embeddings": 90,
+        "word_embed_proj_dim": 40,
+        "do_layer_norm_before": False,
+    },
 }
 
 
 def make_model(name: str = "llama", seed: int = 0, **changes) -> nn.Module:
     """A random model; ``name`` of CONFIGS. Norms, biases and sinks are random too."""
     kind = name.partition(":")[0]
-    module = importlib.import_module(f"mlx_lm.models.{'llama' if kind == 'mistral' else kind}")
     config = {**COMMON, **CONFIGS[name], **changes, "model_type": kind}
     config = {k: v for k, v in config.items() if v is not None}
     mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model_class, args_class = model_classes(config)
+    model = model_class(args_class.from_dict(config))
 
     def shake(path, p):
         if p.ndim < 2:  # norms, biases, sinks
@@ -183,8 +200,9 @@ def quantized(model: nn.Module, bits: int = 4) -> nn.Module:
 def make_streams(model: nn.Module, config: StreamConfig, seed: int = 1) -> Streams:
     """Streams whose every parameter is random, the B matrices of LoRA and early exit too."""
     mx.random.seed(seed)
-    width = weight_shape(embedding_of(model))[1]
-    streams = Streams(config, width, stream_shapes(model, config), embedding_scale=0.3)
+    narrow = weight_shape(embedding_of(model))[1]
+    shapes = stream_shapes(model, config)
+    streams = Streams(config, hidden_size(model), shapes, 0.3, token_width=narrow)
     return randomized(streams, seed)
 
 
@@ -278,6 +296,9 @@ def stock_logits(model: nn.Module, hidden: mx.array, cut: int) -> mx.array:
 
 # Attribute of a stock layer -> our names of its column blocks, where they differ.
 BLOCKS = {
+    "c_attn": ["q_proj", "k_proj", "v_proj"],
+    "attn.c_proj": ["o_proj"],
+    "out_proj": ["o_proj"],
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
     "dense": ["o_proj"],
@@ -298,7 +319,7 @@ def merge_lora(model: nn.Module, streams: Streams) -> int:
     for layer, lora in zip(model.layers[-len(streams.lora) :], streams.lora, strict=True):
         for path, module in layer.named_modules():
             owner, name = path.split(".")[-2:] if "." in path else ("", path)
-            blocks = BLOCKS.get(name, [name])
+            blocks = BLOCKS.get(f"{owner}.{name}") or BLOCKS.get(name, [name])
             if owner == "switch_mlp" and f"switch_mlp_{name}" in lora:  # beside a shared expert
                 blocks = [f"switch_mlp_{name}"]
             if blocks[0] in lora:

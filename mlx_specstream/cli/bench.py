@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 from ..errors import BadArgument, UnsupportedModel
-from . import options
+from . import options, show
 
 HELP = "compare the speed with mlx-lm's"
 SLACK = 64  # tokens of the context left free beside prompt and answer: the nodes of a draft
 LEAST_ROOM = 16  # tokens; a smaller prompt says nothing
-WIDTH = 118  # columns of the tables where the output is no terminal
 CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
@@ -75,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files import write_text
     from ..measure.bench import about_model, collect, make_modes
     from ..measure.report import page, read_tune
+    from ..measure.tables import every_table
 
     tune = None if args.tune is None else read_tune(args.tune)
     model, tokenizer = options.load_model(args)
@@ -103,13 +101,13 @@ def run(args: argparse.Namespace) -> None:
         num_draft_tokens=args.num_draft_tokens,
         keywords={name: value for name, value in keywords.items() if value is not None},
     )
-    with _Progress() as progress:
+    with show.Progress("answers") as progress:
         results = collect(
             modes,
             prompts,
             args.repeats,
-            arguments=_arguments(args),
-            model=about_model(_name(args.model), stock, seams, context),
+            arguments=options.settings(args),
+            model=about_model(options.shown_name(args.model), stock, seams, context),
             tune=tune,
             notes=notes,
             progress=progress.step,
@@ -118,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.html:
         write_text(args.html, page([results]))
-    _print(results)
+    show.print_tables(results, every_table(results))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -132,12 +130,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.data is not None and not args.data.is_file():
         raise BadArgument(f"[data] {args.data} is not a file.")
     for name in ("json", "html"):
-        path = getattr(args, name)
-        if path is None:
-            continue
-        folder = next(p for p in path.absolute().parents if p.exists())
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise BadArgument(f"[{name}] {path} cannot be written.")
+        options.check_output(name, getattr(args, name))
     if args.json is not None and args.json == args.html:
         raise BadArgument(f"[json] and [html] must be two files; got {args.json} for both.")
 
@@ -197,7 +190,6 @@ def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: li
 
 def _seams(model, notes: list[str]):
     """The seams that a model has, or gets for copied drafts; None where it cannot decode trees."""
-    from ..decode.costs_here import costs_for
     from ..model.seams import attach, seams_of
     from ..model.support import check_supported
 
@@ -211,10 +203,7 @@ def _seams(model, notes: list[str]):
             notes.append(f"no copied drafts: {error}")
             return None
         seams = attach(model)
-    if not costs_for(seams).measured:
-        notes.append(
-            "the planner guessed what passes cost: mlx-specstream tune had not measured it"
-        )
+    notes += options.planner_note(seams)
     return seams
 
 
@@ -230,70 +219,3 @@ def _draft_model(args: argparse.Namespace, tokenizer):
             f"{other.vocab_size}."
         )
     return model
-
-
-def _name(path: str) -> str:
-    """Of a folder its last part, as a report should not tell where it lay; a hub id as it is."""
-    return Path(path).resolve().name if Path(path).exists() else path
-
-
-def _arguments(args: argparse.Namespace) -> dict:
-    """The settings of the run; of files and folders the name only."""
-    skipped = ("command", "debug", "version", "json", "html", "tune", "model")
-    found = {k: v for k, v in vars(args).items() if k not in skipped}
-    for name in ("streams", "adapter_path", "draft_model", "data"):
-        if found[name] is not None:
-            found[name] = _name(str(found[name]))
-    return found
-
-
-class _Progress:
-    """A bar on stderr."""
-
-    def __enter__(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        self.bar = Progress(
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.task = self.bar.add_task("answers", total=None)
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.stop()
-
-    def step(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-
-def _print(results: dict) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from ..measure.tables import about_lines, every_table
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    whole = console.width >= WIDTH  # on a narrow terminal cells fold
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    for line in about_lines(results):
-        say(line)
-    for table in every_table(results):
-        shown = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        for n, name in enumerate(table.columns):
-            shown.add_column(name, justify="right" if n else "left", no_wrap=whole)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print()
-        console.print(shown, markup=False, highlight=False)
-        for note in table.notes:
-            say(note)

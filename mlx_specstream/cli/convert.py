@@ -1,16 +1,33 @@
-"""Convert a Hugging Face model to a folder that mlx-lm and mlx-specstream load."""
+"""Convert a model, an adapter or streams to folders that mlx-lm and mlx-specstream load."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from functools import cache
+
+from .lines import printable
 
 HELP = "convert a Hugging Face model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf-path", "--model", required=True, help="Hugging Face folder or hub id")
+    parser.add_argument(
+        "--hf-path",
+        "--model",
+        required=True,
+        help="folder or hub id (Hugging Face, Meta, PEFT adapter) or a file with a state dict",
+    )
     parser.add_argument("--mlx-path", default="mlx_model", help="new folder (default: %(default)s)")
+    parser.add_argument(
+        "--base",
+        help="folder or hub id with what --hf-path lacks: config.json and tokenizer of a state dict, "
+        "the model of streams",
+    )
+    parser.add_argument(
+        "--adapter", help="PEFT or mlx-lm adapter (folder or hub id) to merge into the weights"
+    )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the weights")
     parser.add_argument("--q-group-size", type=int, help="group size of the quantisation")
     parser.add_argument("--q-bits", type=int, help="bits per weight")
@@ -33,15 +50,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="dequantise a quantised model"
     )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure what the conversion did to the logits of a few prompts (needs memory for the "
+        "whole model)",
+    )
     parser.add_argument("--revision", help="hub revision")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the repository's own code run"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print every tensor's source, target, shape and dtype; write nothing",
+    )
+    parser.add_argument(
+        "--upload-repo", help="then upload the new folder to this hub repository (owner/name)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     from ..converters import convert
     from ..errors import BadArgument
+    from ..hub import check_upload, upload
 
     for name, idle in (
         ("q_bits", None),
@@ -51,18 +83,41 @@ def run(args: argparse.Namespace) -> None:
     ):
         if not args.quantize and getattr(args, name) != idle:
             raise BadArgument(f"[{name}] needs -q (--quantize).")
-    out = convert(
-        args.hf_path,
-        args.mlx_path,
-        quantize=args.quantize,
-        q_group_size=args.q_group_size,
-        q_bits=args.q_bits,
-        q_mode=args.q_mode,
-        quant_predicate=args.quant_predicate,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        log=lambda line: print(line, file=sys.stderr),
-    )
-    print(out)
+    if args.upload_repo:
+        if args.dry_run:
+            raise BadArgument("[upload_repo] cannot be combined with --dry-run.")
+        check_upload(args.upload_repo)
+    with contextlib.ExitStack() as stack:
+        out = convert(
+            args.hf_path,
+            args.mlx_path,
+            quantize=args.quantize,
+            q_group_size=args.q_group_size,
+            q_bits=args.q_bits,
+            q_mode=args.q_mode,
+            quant_predicate=args.quant_predicate,
+            dtype=args.dtype,
+            dequantize=args.dequantize,
+            base=args.base,
+            adapter=args.adapter,
+            report=args.report,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            log=lambda line: print(printable(line), file=sys.stderr),
+            progress=megabytes(stack),
+            plan=(lambda line: print(printable(line))) if args.dry_run else None,
+        )
+    if out is not None:
+        print(out)
+    if args.upload_repo:
+        print(upload(out, args.upload_repo))
+
+
+def megabytes(stack: contextlib.ExitStack):
+    """Takes bytes written and bytes in all; a bar on a terminal, from the first byte on."""
+    from .show import Progress
+
+    bar = cache(lambda: stack.enter_context(Progress("MB")))
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    return lambda done, total: bar().step(done >> 20, total >> 20)

@@ -8,13 +8,17 @@ import sys
 
 from .. import __version__, blas
 from ..errors import SpecStreamError
-from . import bench, chat, convert, draft_vocabulary, generate, train, tune
+from . import bench, chat, convert, draft_vocabulary, eval, export, generate, inspect, train, tune
+from .lines import one_line
 
 COMMANDS = {
     "generate": generate,
     "chat": chat,
     "convert": convert,
+    "export": export,
+    "inspect": inspect,
     "train": train,
+    "eval": eval,
     "tune": tune,
     "bench": bench,
     "draft-vocabulary": draft_vocabulary,
@@ -46,18 +50,24 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     # So that a terminated command cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, terminate)
     try:
         COMMANDS[args.command].run(args)
     except (SpecStreamError, OSError, UnicodeError) as error:
         if args.debug:
             raise
-        print(f"mlx-specstream: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"mlx-specstream: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mlx-specstream: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def terminate(number, frame):
+    """Leave as after an interrupt; a second signal must not cut the cleaning up short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _versions() -> str:

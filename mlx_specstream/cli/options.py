@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_streams(parser: argparse.ArgumentParser) -> None:
+def add_streams(parser: argparse.ArgumentParser, trees: str = "store") -> None:
+    """``trees``: argparse's action of --tree, "append" where several are compared."""
     group = parser.add_argument_group("streams")
     group.add_argument(
         "--streams", help="streams folder (default: the one inside the model folder)"
@@ -27,7 +30,9 @@ def add_streams(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-streams", action="store_true", help="decode plainly")
     group.add_argument(
-        "--tree", help="chain, cartesian:K or best:M for every pass (default: planned as it goes)"
+        "--tree",
+        action=trees,
+        help="chain, cartesian:K or best:M for every pass (default: planned as it goes)",
     )
     group.add_argument(
         "--placement",
@@ -54,7 +59,7 @@ def add_streams(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int, seed: int | None = None) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-tokens",
@@ -67,7 +72,10 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     group.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: %(default)s)")
     group.add_argument("--min-p", type=float, default=0.0, help="default: %(default)s")
     group.add_argument("--top-k", type=int, default=0, help="default: %(default)s (off)")
-    group.add_argument("--seed", type=int, help="of the sampler (default: a new one every time)")
+    default = "a new one every time" if seed is None else seed
+    group.add_argument(
+        "--seed", type=int, default=seed, help=f"of the sampler (default: {default})"
+    )
 
 
 def load_model(args: argparse.Namespace):
@@ -133,3 +141,38 @@ def chat_tokens(tokenizer, messages: list[dict]) -> list[int]:
     except Exception as error:  # templates raise jinja2's errors, tokenizers TypeError on bad text
         line = " ".join(str(error).split())
         raise BadArgument(f"[chat template] refuses these messages: {line[:300]}") from None
+
+
+def planner_note(seams) -> list[str]:
+    """A line for results whose planner had no measured costs, or none."""
+    from ..decode.costs_here import costs_for
+
+    if costs_for(seams).measured:
+        return []
+    return ["the planner guessed what passes cost: mlx-specstream tune had not measured it"]
+
+
+def check_output(name: str, path: Path | None) -> None:
+    """A file that is to be written at the end: what is wrong with it is said at the beginning."""
+    from ..errors import BadArgument
+
+    if path is None:
+        return
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadArgument(f"[{name}] {path} cannot be written.")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The settings of a run, for its results; of files and folders the name only."""
+    skipped = ("command", "debug", "version", "json", "html", "tune", "model")
+    found = {k: v for k, v in vars(args).items() if k not in skipped}
+    for name in ("streams", "adapter_path", "draft_model", "data"):
+        if found.get(name) is not None:
+            found[name] = shown_name(str(found[name]))
+    return found
+
+
+def shown_name(path: str) -> str:
+    """Of a folder its last part, as a report should not tell where it lay; a hub id as it is."""
+    return Path(path).resolve().name if Path(path).exists() else path

@@ -1,4 +1,8 @@
-"""Train streams for a model on a data folder. The base stays as it is, and so does its output."""
+"""Train streams for a model on a data folder.
+
+In lossless mode the base stays as it is, and so does its output. In shared mode it is fine-tuned on the
+data in the same run, and written to a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import sys
 from pathlib import Path
 
 from ..config import PROJECTIONS, StreamConfig
+from ..errors import BadArgument
 from . import options
+from .train_display import ProgressDisplay
 
 HELP = "train streams for a model"
 
@@ -31,6 +37,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STREAMS",
         help="begin with the values of a streams folder of this model, as far as they fit",
     )
+    mode = parser.add_argument_group("mode")
+    mode.add_argument(
+        "--mode",
+        choices=("lossless", "shared"),
+        default="lossless",
+        help="lossless: the base is frozen; shared: one LoRA for model and streams fine-tunes it "
+        "(default: %(default)s)",
+    )
+    mode.add_argument(
+        "--fused-path", type=Path, metavar="DIR", help="shared: folder for the fine-tuned model"
+    )
+    mode.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="shared: write a quantised base dequantised, so that nothing learned is rounded off",
+    )
+    mode.add_argument(
+        "--num-layers",
+        type=int,
+        help="shared: layers that get the LoRA, from the top, the MSA layers among them (default: -1, all)",
+    )
+    mode.add_argument(
+        "--main-sees-streams",
+        action="store_true",
+        help="shared: the [P] mask, in which the model also attends to its own streams and so needs them",
+    )
+    target = parser.add_argument_group("targets")
+    target.add_argument(
+        "--target",
+        choices=("hard", "distill"),
+        default="hard",
+        help="hard: the text; distill: the model's own distributions over it (default: %(default)s)",
+    )
+    target.add_argument(
+        "--alpha",
+        type=float,
+        nargs="+",
+        metavar="A",
+        help="weight of each stream in the loss, or one for all (default: 0.8^(j-1); shared: 0.1, beside 1 "
+        "of the model's own loss)",
+    )
+    target.add_argument(
+        "--self-distill",
+        action="store_true",
+        help="let the base answer the prompts itself and train on that",
+    )
+    target.add_argument(
+        "--self-distill-temperature", type=float, help="of its answers (default: 0, greedy)"
+    )
+    target.add_argument(
+        "--self-distill-max-tokens", type=int, help="of one answer (default: 256 tokens)"
+    )
+    target.add_argument(
+        "--self-distill-batch-size", type=int, help="answers made at once (default: 32)"
+    )
+    target.add_argument(
+        "--self-distill-cache",
+        type=Path,
+        metavar="DIR",
+        help="for the answers (default: --streams)",
+    )
     run_ = parser.add_argument_group("run")
     run_.add_argument("--iters", type=int, help="steps (default: 3000)")
     run_.add_argument("--minutes", type=float, help="train for this long instead of --iters")
@@ -43,6 +110,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-seq-length", type=int, default=2048, help="default: %(default)s tokens"
     )
     run_.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    run_.add_argument("--grad-accumulation-steps", type=int, help="batches per step (default: 1)")
+    run_.add_argument(
+        "--grad-checkpoint",
+        action="store_true",
+        help="keep less of each layer for the gradient: less memory, more time",
+    )
+    run_.add_argument(
+        "--cache-hidden",
+        type=Path,
+        metavar="DIR",
+        help="keep what the frozen lower layers make of the data here: less time, much disk",
+    )
     run_.add_argument("--eval-every", type=int, help="steps between validations (default: 200)")
     run_.add_argument("--save-every", type=int, help="steps between checkpoints (default: 200)")
     shape = parser.add_argument_group("streams")
@@ -95,8 +174,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..load import load_base, model_folder
+    from ..train.config import FineTune, TrainConfig
     from ..train.session import default_msa_layers, train_streams
-    from ..train.trainer import CHECKPOINT, TrainConfig
+    from ..train.shared import Destination
+    from ..train.trainer import CHECKPOINT
 
     names = (
         "iters",
@@ -107,14 +188,32 @@ def run(args: argparse.Namespace) -> None:
         "seed",
         "eval_every",
         "save_every",
+        "grad_accumulation_steps",
     )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = TrainConfig(**given)
+    shared = args.mode == "shared"
+    alpha = float(args.lora_rank) if args.lora_alpha is None else args.lora_alpha
+    fine_tune = None
+    if shared:
+        number = -1 if args.num_layers is None else args.num_layers
+        fine_tune = FineTune(args.lora_rank, alpha, tuple(args.lora_targets), number)
+    elif args.num_layers is not None or args.dequantize:
+        name = "dequantize" if args.dequantize else "num_layers"
+        raise BadArgument(f"[train] '{name}' is about the fine-tuned model; use --mode shared.")
+    config = TrainConfig(
+        **given,
+        fine_tune=fine_tune,
+        target=args.target,
+        alphas=args.alpha,
+        grad_checkpoint=args.grad_checkpoint,
+    )
+    self_distill = _self_distill(args, config.seed)
     shape = {
         "num_streams": args.num_streams,
-        "lora_rank": args.lora_rank,
-        "lora_alpha": float(args.lora_rank) if args.lora_alpha is None else args.lora_alpha,
+        "lora_rank": 0 if shared else args.lora_rank,  # the fused model has it in its weights
+        "lora_alpha": alpha,
         "lora_targets": tuple(args.lora_targets),
+        "main_sees_streams": args.main_sees_streams,
         "stream_position": args.stream_position,
         "init_rank": args.init_rank,
         "prune_rank": args.prune_rank,
@@ -122,12 +221,16 @@ def run(args: argparse.Namespace) -> None:
         "value_rotation": args.value_rotation,
     }
     StreamConfig(**shape, msa_layers=args.msa_layers if args.msa_layers is not None else 1)
-    model, tokenizer, _ = load_base(
-        model_folder(args.model, args.revision),
+    folder = model_folder(args.model, args.revision)
+    model, tokenizer, base_config = load_base(
+        folder,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
     layers = args.msa_layers or default_msa_layers(len(model.layers))
+    fused = None
+    if args.fused_path is not None:
+        fused = Destination(args.fused_path, folder, base_config, args.dequantize)
     streams = StreamConfig(**shape, msa_layers=layers)
     with ProgressDisplay() as display:
         try:
@@ -138,6 +241,9 @@ def run(args: argparse.Namespace) -> None:
                 args.streams,
                 streams,
                 config,
+                fused=fused,
+                self_distill=self_distill,
+                cache_hidden=args.cache_hidden,
                 max_length=args.max_seq_length,
                 draft_vocabulary=args.draft_vocabulary,
                 resume=args.resume,
@@ -150,44 +256,19 @@ def run(args: argparse.Namespace) -> None:
                 display.note(f"stopped; go on with --resume (checkpoint in {args.streams})")
             raise
     print(f"{args.streams}: {about['steps']} steps in {about['seconds']:.0f} s", file=sys.stderr)
+    if fused is not None:
+        print(f"{args.fused_path}: the fine-tuned model", file=sys.stderr)
 
 
-class ProgressDisplay:
-    """A bar with time left and losses, and a line per validation, on stderr."""
+def _self_distill(args: argparse.Namespace, seed: int):
+    """How the base is to answer, or None."""
+    from ..train.answers import SelfDistill
 
-    def __enter__(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]} left, loss {task.fields[loss]}"),
-            console=self.console,
-        )
-        self.task = self.bar.add_task("train", total=1.0, step=0, left="?", loss="-")
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.stop()
-
-    def note(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def step(self, progress) -> None:
-        seconds = progress.seconds * (1 - progress.done) / max(progress.done, 1e-9)
-        left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-        loss = " ".join(f"{x:.2f}" for x in progress.losses)
-        self.bar.update(
-            self.task, completed=progress.done, step=progress.iteration, left=left, loss=loss
-        )
-        if progress.validation is not None:
-            columns = (
-                f"{name} " + " ".join(f"{x:.3f}" for x in progress.validation[key])
-                for name, key in (("loss", "loss"), ("top-1", "top1"), ("top-4", "topk"))
-            )
-            self.note(f"step {progress.iteration}: validation per stream: " + "; ".join(columns))
+    prefix = "self_distill_"
+    names = ("temperature", "max_tokens", "batch_size", "cache")
+    given = {n: getattr(args, prefix + n) for n in names if getattr(args, prefix + n) is not None}
+    if args.self_distill:
+        return SelfDistill(**given, seed=seed)
+    for name in given:
+        raise BadArgument(f"[{prefix}{name}] needs --self-distill.")
+    return None

@@ -129,7 +129,7 @@ class Planned:
         return NextPass(
             TreeShape("best", max(2, nodes)),
             nodes,
-            choice.placement == "inline" and choice.streams,
+            self.inline or (choice.placement == "inline" and choice.streams),
             choice.streams,
             promises=promises,
             from_streams=drafted,

@@ -132,7 +132,7 @@ def decode(mode: Mode, prompt: list[int], record: Record | None = None) -> Answe
             drafted += response.from_draft
     except (ValueError, RuntimeError) as error:  # mlx-lm's refusals of a draft model among them
         line = " ".join(str(error).split())[:300]
-        raise BadArgument(f"[bench] {mode.title} cannot decode this: {line}") from error
+        raise BadArgument(f"[decode] {mode.title} cannot decode this: {line}") from error
     seconds = time.perf_counter() - tic
     passes = getattr(response, "passes", None)
     if passes is None:  # mlx-lm's: a pass ends with a token that is not of the draft, or the answer
@@ -170,7 +170,7 @@ def run(
                 done += 1
                 progress(done, total)
                 if repeat:
-                    rows.append(_row(mode, index, repeat, answer, record))
+                    rows.append(row_of(mode, index, repeat, answer, record))
                     said.setdefault((mode.key, index), []).append(answer.tokens)
     split = []
     for index, prompt in enumerate(prompts):
@@ -186,12 +186,13 @@ def run(
     return {
         "runs": rows,
         "split": split,
-        "answers": _answers(modes, prompts, said),
-        "differences": _differences(modes, prompts, said),
+        "answers": answers_of(modes, prompts, said),
+        "differences": differences(modes, prompts, said),
     }
 
 
-def _row(mode: Mode, index: int, repeat: int, answer: Answer, record: Record | None) -> dict:
+def row_of(mode: Mode, index: int, repeat: int, answer: Answer, record: Record | None) -> dict:
+    """An answer as a row of the results: numbers only."""
     row = {
         "mode": mode.key,
         "prompt": index,
@@ -213,7 +214,9 @@ def _row(mode: Mode, index: int, repeat: int, answer: Answer, record: Record | N
     return row
 
 
-def _answers(modes, prompts: list[Prompt], said) -> dict[str, list]:
+def answers_of(modes, prompts: list[Prompt], said) -> dict[str, list]:
+    """The last answer of each mode to each prompt; of the user's own prompts a hash of its tokens."""
+
     def shown(index: int, tokens: list[int]):
         if prompts[index].kind != OWN:
             return tokens
@@ -224,7 +227,7 @@ def _answers(modes, prompts: list[Prompt], said) -> dict[str, list]:
     }
 
 
-def _differences(modes: list[Mode], prompts: list[Prompt], said) -> list[dict[str, Any]]:
+def differences(modes: list[Mode], prompts: list[Prompt], said) -> list[dict[str, Any]]:
     """The first difference of each mode and prompt from the baseline, over all repeats."""
     baseline, found = modes[0], []
     for index, prompt in enumerate(prompts):

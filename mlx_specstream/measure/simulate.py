@@ -20,7 +20,7 @@ from ..decode.tree import HostTree, TreeShape
 from ..decode.verify import descend
 from ..model.conditioning import below_root
 from ..model.seams import Seams
-from ..train.loss import base_pass, stream_hidden
+from ..train.passes import base_pass, stream_hidden
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,33 @@ def guesses_along(seams: Seams, prompt: list[int], answer: list[int], count: int
     """What the streams guess at each host row, the last prompt token first (NumPy arrays).
 
     Entry i belongs to the host that predicts answer[i]; its stream j predicts answer[i + j].
+
+    Args:
+        count: guesses of each stream. A decoder asks for as many as its tree can use, and their
+            probabilities depend on it a little (``guesses_from``).
     """
+    return guesses_by_count(seams, prompt, answer, [count])[count]
+
+
+def guesses_by_count(
+    seams: Seams, prompt: list[int], answer: list[int], counts: Collection[int]
+) -> dict[int, list[Guesses]]:
+    """The same for several counts, with one run of the model."""
     tokens = mx.array([[*prompt, *answer]])
     cut_hidden, stores = base_pass(seams, tokens)
     hosts = mx.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))[None]
     hidden = stream_hidden(seams, cut_hidden, stores, hosts)
-    n, count = len(answer), min(count, seams.vocabulary_size)
-    found = []
+    n, found = len(answer), {count: [] for count in counts}
     for i, root in enumerate(answer):
         of_host = hidden[:, i::n]
         if seams.streams.config.condition_rank:
             of_host = below_root(seams, of_host, mx.array(root))
         said = Said(seams.draft_head(of_host)[0], of_host)
-        guesses = guesses_of(seams, said, Greedy(), count, 0)
-        mx.eval(guesses)
-        found.append(Guesses(*map(np.array, guesses)))
+        for count in counts:
+            most = min(count, seams.vocabulary_size)
+            guesses = guesses_of(seams, said, Greedy(), most, 0)
+            mx.eval(guesses)
+            found[count].append(Guesses(*map(np.array, guesses)))
     return found
 
 
@@ -74,7 +86,8 @@ def replay(
     """Count the passes that ``shape`` takes for an answer, as the real decoder would.
 
     Args:
-        guesses: of ``guesses_along``, with at least ``shape.candidates(V)`` tokens per stream.
+        guesses: of ``guesses_along``, with ``shape.candidates(V)`` tokens per stream; more are nearly
+            the same.
         answer: the base's own greedy tokens, an end-of-sequence token included.
     """
     done, accepted, nodes = 1, [], []  # the first token comes from the prompt's own pass

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from ..config import FORMAT_VERSION, StreamConfig
 from ..errors import BadCheckpoint, StreamsMismatch
 from .draft_head import broken_rule
-from .projections import embedding_of, weight_shape
+from .projections import embedding_of, hidden_size, weight_shape
 from .seams import stream_shapes
 from .streams import Streams
 
@@ -205,8 +205,9 @@ def load_streams(
         raise StreamsMismatch(
             f"[streams] {folder} has {config.msa_layers} MSA layers, the model {len(model.layers)}."
         )
-    V, E = weight_shape(embedding_of(model))
-    streams = Streams(config, E, stream_shapes(model, config))
+    V, token_width = weight_shape(embedding_of(model))
+    shapes = stream_shapes(model, config)
+    streams = Streams(config, hidden_size(model), shapes, token_width=token_width)
     weights, _ = _read_weights(folder / WEIGHTS)
     vocabulary = weights.pop(VOCABULARY, None)
     if vocabulary is not None:

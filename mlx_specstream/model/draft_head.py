@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import BadArgument, UnsupportedModel
-from .projections import embedding_of, weight_shape
+from .projections import embedding_of, hidden_size, weight_shape
 
 LEAF = ("weight", "scales", "biases", "bias")  # of a Linear or Embedding, quantised or not
 Place = tuple[nn.Module, str, int]  # owner, name, and the axis of an array that counts tokens
@@ -39,12 +39,12 @@ class DraftHead:
     """
 
     def __init__(self, model: nn.Module, head: Callable[[mx.array], mx.array], tokens: mx.array):
-        size, width = weight_shape(embedding_of(model))
+        size = weight_shape(embedding_of(model))[0]
         why = broken_rule(tokens, size)
         if why:
             raise BadArgument(f"[draft_vocabulary] {why}.")
         self.tokens, self._head = tokens, head
-        self._places = _find(model, head, size, width)
+        self._places = _find(model, head)
         self._take()
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -83,7 +83,7 @@ class SomeRows:
 
     def __init__(self, model: nn.Module, head: Callable[[mx.array], mx.array]):
         self._head = head
-        self._places = _find(model, head, *weight_shape(embedding_of(model)))
+        self._places = _find(model, head)
 
     def __call__(self, hidden: mx.array, tokens: mx.array) -> mx.array:
         """hidden [B, r, E], tokens int32 [n] -> logits [B, r, n]"""
@@ -105,14 +105,15 @@ def broken_rule(tokens: mx.array, vocabulary_size: int) -> str | None:
     return None
 
 
-def _find(model: nn.Module, head, vocabulary_size: int, width: int) -> list[Place]:
+def _find(model: nn.Module, head) -> list[Place]:
     """The arrays behind the logits, found by trial: with two rows of them there are two logits.
 
     Nothing is computed: the shapes of a lazy forward are enough. So this needs to know of no
     architecture whether it ties its embedding, and under which name it keeps its head.
     """
     layers = {id(m) for layer in model.layers for _, m in layer.named_modules()}
-    hidden = mx.zeros((1, 1, width))
+    vocabulary_size = weight_shape(embedding_of(model))[0]
+    hidden = mx.zeros((1, 1, hidden_size(model)))
     for _, module in model.named_modules():
         places = [] if id(module) in layers else _places(module)
         if not places or any(owner[n].shape[axis] < vocabulary_size for owner, n, axis in places):

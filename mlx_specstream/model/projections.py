@@ -8,16 +8,23 @@ from dataclasses import dataclass, replace
 import mlx.nn as nn
 
 from ..errors import UnsupportedModel
+from .positions import TABLES
 
 # Names in mlx-lm that differ from ours: attribute -> our name.
 ALIASES = {
     **{"dense": "o_proj", "fc1": "up_proj", "fc2": "down_proj"},  # phi
-    **{"c_fc": "up_proj", "c_proj": "down_proj"},  # starcoder2
+    **{"c_fc": "up_proj", "c_proj": "down_proj"},  # starcoder2, gpt2
+    "out_proj": "o_proj",  # opt
     # internlm2; its wqkv interleaves heads, so it has no column blocks and gets no LoRA
     **{"wo": "o_proj", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
 }
+OWNED = {"attn.c_proj": "o_proj"}  # gpt2: where the owner tells it apart
 PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *ALIASES)
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "c_attn": ("q_proj", "k_proj", "v_proj"),  # gpt2
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ def projections_of(layer: nn.Module, index: int) -> Iterator[tuple[nn.Module, Pr
         if name in FUSED:
             names = FUSED[name]
         elif name in PLAIN:
-            names = (ALIASES.get(name, name),)
+            own = ".".join(path.split(".")[-2:])
+            names = (OWNED.get(own) or ALIASES.get(name, name),)
         else:
             continue
         shape = weight_shape(getattr(module, "linear", module))  # mlx-lm's LoRA wraps the linear
@@ -62,6 +70,10 @@ def projections_of(layer: nn.Module, index: int) -> Iterator[tuple[nn.Module, Pr
         sizes = (d_out,)
         if name == "gate_up_proj":
             sizes = (d_out // 2, d_out // 2)
+        elif name == "c_attn":
+            if d_out != 3 * d_in:  # one K/V head for all: another model's layout
+                continue
+            sizes = (d_in, d_in, d_in)
         elif name == "qkv_proj":
             attention = layer
             for part in owner.split("."):
@@ -81,9 +93,22 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return *lead, last * 32 // module.bits if hasattr(module, "bits") else last
 
 
+def hidden_size(model: nn.Module) -> int:
+    """E, the width of the hidden states: the embedding's, unless the model projects that (OPT-350m)."""
+    own = weight_shape(embedding_of(model))[1]
+    enters = {
+        projection.d_in
+        for _, projection in projections_of(model.layers[-1], 0)
+        if {"q_proj", "up_proj", "gate_proj"} & set(projection.names)
+    }
+    return own if own in enters or len(enters) != 1 else enters.pop()
+
+
 def embedding_of(model: nn.Module) -> nn.Module:
     """The token embedding [V, E]: the first in the model, quantised or inside mlx-lm's LoRA."""
-    for _, module in model.named_modules():
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in TABLES:  # of positions
+            continue
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             return module
     raise UnsupportedModel(

@@ -28,6 +28,8 @@ from ..errors import BadArgument, SpecStreamError
 from .activation import fast_activations, modules_with_swiglu
 from .cache import LayerContext, MaskRequest, NoStore, RowStore
 from .draft_head import DraftHead, SomeRows
+from .experts import ExpertSeam, RouterSeam
+from .positions import in_table, query_scale, tables_of
 from .projections import Projection, embedding_of, projections_of, weight_shape
 from .rope import ROPES, has_table, rope_rows, rope_table, signature, turn
 from .rows import Rows, causal_rows, stream_rows, with_streams
@@ -133,6 +135,7 @@ class Seams:
         self.kept: dict = {}  # what one answer leaves for the next: compiled passes, statistics
         self._draft_head: DraftHead | None = None
         self.head_rows: SomeRows | None = None  # norm and head over a few tokens
+        self.around: Callable | None = None  # calls a layer: (call, x, context, index) -> x
         self.merged: dict[
             int, mx.array
         ] = {}  # id of a projection -> its weight with LoRA [d_in, d_out]
@@ -143,8 +146,11 @@ class Seams:
         self.vocabulary_size = weight_shape(embedding_of(model))[0]
         self.cut = self.num_layers - (streams.config.msa_layers if streams else 0)
         self._swap(model, _ModelSeam)
+        for table in tables_of(model):
+            self._swap(table, _TableSeam)
         for index, layer in enumerate(model.layers):
-            self._swap(layer, _LayerGate, index=index)
+            scaled = hasattr(getattr(layer, "self_attn", None), "scaling_beta")
+            self._swap(layer, _ScaledGate if scaled else _LayerGate, index=index)
             for _, module in layer.named_modules():
                 if isinstance(module, ROPES):
                     self._swap(module, _RopeSeam, signature=signature(module))
@@ -164,11 +170,11 @@ class Seams:
         for module, projection in projections_of(layer, msa_index):
             projection = projection.only(wanted)
             if any(projection.keys):
-                seam = _ExpertSeam if projection.experts else _ProjectionSeam
+                seam = ExpertSeam if projection.experts else _ProjectionSeam
                 self._swap(module, seam, projection=projection)
         for _, module in layer.named_modules():
             if isinstance(module, SwitchGLU | SwitchMLP):
-                self._swap(module, _RouterSeam)
+                self._swap(module, RouterSeam)
 
     def _swap(self, module: nn.Module, seam: type, **attributes) -> None:
         stock = type(module)
@@ -367,7 +373,7 @@ class _ModelSeam:
 class _LayerGate:
     def __call__(self, x, mask=None, cache=None, *args, **kwargs):
         if not isinstance(cache, LayerContext):
-            return super().__call__(x, mask, cache, *args, **kwargs)
+            return self._stock_layer(x, mask, cache, *args, **kwargs)
         run, index, seams = cache.run, self._seam_index, self._seams
         last = index == seams.num_layers - 1
         if index >= run.first:
@@ -377,7 +383,9 @@ class _LayerGate:
                 run.cut_hidden = x
                 if run.at_cut is not None:
                     x, run.rows = run.at_cut(x, run.rows)
-            x = super().__call__(x, run.mask(mask, cache.store), cache, *args, **kwargs)
+            mask = run.mask(mask, cache.store)
+            call = lambda x: self._stock_layer(x, mask, cache, *args, **kwargs)  # noqa: E731
+            x = call(x) if seams.around is None else seams.around(call, x, cache, index)
         if last:
             if run.first == seams.num_layers:
                 x = run.enters
@@ -386,6 +394,29 @@ class _LayerGate:
             if take is not None:
                 x = x[:, take]
         return x
+
+    def _stock_layer(self, x, mask, cache, *args, **kwargs):
+        return super().__call__(x, mask, cache, *args, **kwargs)
+
+
+class _ScaledGate(_LayerGate):
+    """Of ministral3, whose layers take a scale of the queries, made of one offset per batch entry."""
+
+    def __call__(self, x, attn_scale=None, mask=None, cache=None):
+        return super().__call__(x, mask, cache, attn_scale)
+
+    def _stock_layer(self, x, mask, cache, attn_scale):
+        if isinstance(cache, LayerContext):
+            attn_scale = query_scale(self, cache.run.rows.positions, x.dtype)
+        return super(_LayerGate, self).__call__(x, attn_scale, mask, cache)
+
+
+class _TableSeam:
+    """Around a table of learned positions: a pass knows the position of each row."""
+
+    def __call__(self, positions):
+        run = self._seams.running
+        return super().__call__(positions if run is None else in_table(self, run.rows.positions))
 
 
 class _RopeSeam:
@@ -406,35 +437,3 @@ class _ProjectionSeam:
         if run is None or run.rows.stream_of is None:
             return y
         return run.add_lora(y, x, self._seam_projection)
-
-
-class _RouterSeam:
-    """Around SwitchGLU / SwitchMLP: says which of the rows that its experts see are streams."""
-
-    def __call__(self, x, indices):
-        run = self._seams.running
-        if run is None or run.rows.stream_of is None:
-            return super().__call__(x, indices)
-
-        def expert_rows(sorted_rows: bool) -> mx.array:
-            *lead, k = indices.shape  # lead is [B, R], which some models flatten
-            R = run.rows.count
-            is_stream = mx.arange(R) >= run.rows.main
-            is_stream = mx.broadcast_to(is_stream, (indices.size // (k * R), R))
-            if not sorted_rows:  # x is [*lead, 1 or k, 1, d]
-                return is_stream.reshape(*lead, 1, 1, 1)
-            # mlx-lm sorts the (row, expert) pairs by expert; the same sort tells where rows went.
-            order = mx.argsort(indices.flatten())
-            return is_stream.reshape(-1)[order // k][:, None, None]  # x is [B * R * k, 1, d]
-
-        run.expert_rows = expert_rows
-        return super().__call__(x, indices)
-
-
-class _ExpertSeam:
-    def __call__(self, x, indices, sorted_indices=False):
-        run = self._seams.running
-        y = super().__call__(x, indices, sorted_indices=sorted_indices)
-        if run is None or run.rows.stream_of is None:
-            return y
-        return run.add_expert_lora(y, x, self._seam_projection, sorted_indices)

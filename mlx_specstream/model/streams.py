@@ -48,10 +48,11 @@ class Condition(nn.Module):
     same learning rate suits every model.
     """
 
-    def __init__(self, num_streams: int, width: int, rank: int):
+    def __init__(self, num_streams: int, width: int, rank: int, token_width: int):
         super().__init__()
         bound, shape = width**-0.5, (num_streams, width, rank)
-        self.a = mx.random.uniform(low=-bound, high=bound, shape=shape)
+        enter = (num_streams, token_width, rank)
+        self.a = mx.random.uniform(low=-bound, high=bound, shape=enter)
         self.c = mx.random.uniform(low=-bound, high=bound, shape=shape)
         self.d = mx.zeros((num_streams, 1, rank))
         self.b = mx.zeros((num_streams, rank, width))
@@ -74,6 +75,7 @@ class Streams(nn.Module):
         width: E, the hidden size of the base.
         shapes: per MSA layer (lowest first) the (d_in, d_out) of each projection that gets LoRA.
         embedding_scale: standard deviation of the initial P_j (about 5% of the RMS of M^{N-Ns}).
+        token_width: of the base's token embedding, where it is not E (OPT-350m).
 
     Attributes:
         draft_vocabulary: the only tokens that drafts may hold, int32 [F]; None: all V. No
@@ -86,6 +88,7 @@ class Streams(nn.Module):
         width: int,
         shapes: list[dict[str, tuple[int, int]]],
         embedding_scale: float = 0.02,
+        token_width: int | None = None,
     ):
         super().__init__()
         self._config = config
@@ -98,7 +101,7 @@ class Streams(nn.Module):
         if config.prune_rank:
             self.early_exit = LowRank(width, width, config.prune_rank)
         if config.condition_rank:
-            self.condition = Condition(g, width, config.condition_rank)
+            self.condition = Condition(g, width, config.condition_rank, token_width or width)
         if config.lora_rank:
             self.lora = [
                 {name: LowRank(*dims, config.lora_rank) for name, dims in layer.items()}

@@ -17,13 +17,11 @@ from .seams import Pass, Seams
 _TESTED = """
     llama mistral qwen2 qwen2_moe qwen3 qwen3_moe mixtral phi phi3 gemma2 gemma3_text gpt_oss
     smollm3 olmo2 olmo3 olmoe cohere cohere2 stablelm starcoder2 granite glm4 exaone4 internlm2
-    seed_oss
+    seed_oss opt gpt2 ministral3
 """
 TESTED = frozenset(_TESTED.split())
 # Why some cannot (yet); everything else is probed when it is loaded.
 REFUSED = {
-    "ministral3": "its attention scales queries by a position that it reads once per batch",
-    "gpt2": "it has learned positions, read once per batch",
     "gemma4_text": "its layers share K/V and take per-layer inputs",
 }
 # Their own attention broadcasts one mask over the batch, so sequences of a batch cannot have different
@@ -35,7 +33,7 @@ TOLERANCE = 2e-2  # of the largest logit: wide enough for 16-bit weights, wrong 
 def check_supported(model: nn.Module) -> None:
     """Raise UnsupportedModel, with the reason, if ``model`` cannot have streams."""
     kind = getattr(model, "model_type", type(model).__name__)
-    why = REFUSED.get(kind) or _structural(model)
+    why = REFUSED.get(kind) or structural(model)
     if why is None and kind not in TESTED:
         why = _probe(model)
     if why is not None:
@@ -44,7 +42,8 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
-def _structural(model: nn.Module) -> str | None:
+def structural(model: nn.Module) -> str | None:
+    """Why ``model`` cannot have streams, where its layers alone tell; None where they do not."""
     layers = getattr(model, "layers", None)
     if not layers:
         return "it has no list of layers"

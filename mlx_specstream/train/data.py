@@ -8,11 +8,13 @@ only: from the last prompt token onward, never before.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from ..errors import BadData
@@ -35,18 +37,32 @@ class Example:
         """
         return range(max(self.start - 1, 0), len(self.tokens) - 2)
 
+    def rows(self) -> range:
+        """Rows at which the main stream says the completion: the hosts, and the last but one."""
+        return range(max(self.start - 1, 0), len(self.tokens) - 1)
+
 
 @dataclass(frozen=True)
 class Batch:
     """Right-padded sequences and the host rows to train on.
 
     Shapes: tokens int32 [B, L]; hosts int32 [B, P]; targets int32 [B, g, P], -1 where there is none
-    (past the end of the sequence, or padding of hosts).
+    (past the end of the sequence, or padding of hosts); labels int32 [B, L], what the main stream is
+    to say at each row of a completion, -1 elsewhere.
+
+    Args:
+        examples: their indices in the data.
+        num_tokens: how many there are, padding not counted.
+        cut_hidden: M^{N-Ns} [B, L, E], where it is known already.
     """
 
     tokens: np.ndarray
     hosts: np.ndarray
     targets: np.ndarray
+    labels: np.ndarray
+    examples: tuple[int, ...] = ()
+    num_tokens: int = 0
+    cut_hidden: mx.array | None = None
 
 
 def read_examples(
@@ -57,22 +73,10 @@ def read_examples(
     Raises:
         BadData: no such file, an unreadable row (with file and line), or no usable row.
     """
-    path = next(
-        (p for p in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if p.is_file()), None
-    )
-    if path is None:
-        raise BadData(
-            f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither."
-        )
+    path = split_file(folder, split)
     examples, changed = [], 0
-    for number, row in _rows(path):
-        try:
-            example = _example(row, tokenizer)
-        except Exception as error:  # a chat template may raise anything
-            raise BadData(
-                f'[data] {path}:{number}: a row must have "prompt" and "completion", "messages" or '
-                f'"text": {error!r}.'
-            ) from None
+    for number, row in read_rows(path):
+        example = to_example(row, tokenizer, f"{path}:{number}")
         if len(example.tokens) > max_length:
             example = Example(example.tokens[:max_length], example.start)
             changed += 1
@@ -91,7 +95,26 @@ def has_split(folder: Path, split: str) -> bool:
     return any((folder / f"{split}.jsonl{end}").is_file() for end in ("", ".gz"))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+def split_file(folder: Path, split: str) -> Path:
+    """The file of a split; raises BadData if there is none."""
+    for path in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz"):
+        if path.is_file():
+            return path
+    raise BadData(f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither.")
+
+
+def to_example(row: dict, tokenizer, at: str) -> Example:
+    """The example that a row is; ``at`` names the row (file:line) in the BadData of one that is none."""
+    try:
+        return _example(row, tokenizer)
+    except Exception as error:  # a chat template may raise anything
+        raise BadData(
+            f'[data] {at}: a row must have "prompt" and "completion", "messages" or "text": {error!r}.'
+        ) from None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a jsonl file, which may be gzipped; raises BadData with file and line."""
     opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -173,12 +196,13 @@ def batches(
             epoch = index // per_epoch
             order = _epoch_order(examples, size, np.random.default_rng([seed, epoch]))
         rng = np.random.default_rng([seed, epoch, index])
-        chosen = [examples[k] for k in order[index % per_epoch]]
+        numbers = order[index % per_epoch]
+        chosen = [examples[k] for k in numbers]
         picked = []
         for example in chosen:
             rows = np.array(example.hosts())
             picked.append(np.sort(rng.permutation(rows)[:hosts]))
-        yield make_batch(chosen, picked, num_streams)
+        yield make_batch(chosen, picked, num_streams, tuple(map(int, numbers)))
         index += 1
 
 
@@ -193,19 +217,38 @@ def _epoch_order(examples: list[Example], size: int, rng) -> list[np.ndarray]:
     return [full[k] for k in rng.permutation(len(full))]
 
 
-def make_batch(examples: list[Example], hosts: list[np.ndarray], num_streams: int) -> Batch:
-    """Pad examples and their chosen host rows into one batch."""
+def make_batch(
+    examples: list[Example],
+    hosts: list[np.ndarray],
+    num_streams: int,
+    numbers: tuple[int, ...] = (),
+) -> Batch:
+    """Pad examples and their chosen host rows into one batch; ``numbers``: indices of the examples."""
     B, L = len(examples), max(len(e.tokens) for e in examples)
     P = max(len(h) for h in hosts)
     tokens = np.zeros((B, L), np.int32)
     rows = np.zeros((B, P), np.int32)
     targets = np.full((B, num_streams, P), -1, np.int32)
+    labels = np.full((B, L), -1, np.int32)
     for b, (example, chosen) in enumerate(zip(examples, hosts, strict=True)):
         ids = np.array(example.tokens, np.int32)
         tokens[b, : len(ids)] = ids
         rows[b, : len(chosen)] = chosen
+        said = np.array(example.rows())
+        labels[b, said] = ids[said + 1]
         for j in range(1, num_streams + 1):
             at = chosen + 1 + j
             inside = at < len(ids)
             targets[b, j - 1, : len(chosen)][inside] = ids[at[inside]]
-    return Batch(tokens, rows, targets)
+    return Batch(tokens, rows, targets, labels, numbers, sum(len(e.tokens) for e in examples))
+
+
+def digest(*splits: list[Example]) -> str:
+    """A short name of exactly these examples in this order."""
+    made = hashlib.sha256()
+    for split in splits:
+        made.update(f"{len(split)} rows".encode())
+        for example in split:
+            made.update(np.array([example.start, *example.tokens], np.int64).tobytes())
+            made.update(b";")
+    return made.hexdigest()[:16]

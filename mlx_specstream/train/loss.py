@@ -1,45 +1,126 @@
-"""The future n-gram loss (method Eq. 5) in lossless mode: base frozen, alpha_0 = 0.
+"""The future n-gram loss (method Eq. 5), its targets, and what validation reports.
 
-The base runs once over the sequences without gradient; then only stream rows run through the MSA
-layers, attending to the keys and values that the base left there. That is the deferred placement of
-decoding with many hosts at once.
+    L = alpha_0 L_0 + sum_j alpha_j L_j
+
+L_0 is the main stream's next-token loss (shared mode only), L_j the mean loss of stream j over its
+hosts. A stream's target is the token of the text, or (distillation) the main stream's own
+distribution at the row that predicts this token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..model.cache import FixedPrefix, NoStore
 from ..model.projections import embedding_of
-from ..model.rows import causal_rows
-from ..model.seams import Pass, Seams
+from ..model.seams import Seams
 from .data import Batch
+from .passes import Hidden, run_batch
 
 HEAD_ELEMENTS = 1 << 24  # logits held at once per chunk of the head (64 MB in fp32)
 
 
-def base_pass(seams: Seams, tokens: mx.array) -> tuple[mx.array, list]:
-    """Run the frozen base over tokens [B, L].
+class Losses(NamedTuple):
+    """Means of a batch, float32: of each stream [g], of the early exit [], of the main stream []."""
 
-    Returns:
-        M^{N-Ns} [B, L, E], and per layer where its K/V lie (MSA layers) or nothing.
+    streams: mx.array
+    early_exit: mx.array
+    main: mx.array
+
+
+def stream_losses(seams: Seams, batch: Batch, target: str = "hard", main: bool = False) -> Losses:
+    """The losses of a batch.
+
+    Conditioned streams learn half from what they say alone, which chooses the guesses, and half from
+    what they say given the token before, which ranks them; the first stream only from the latter.
+    The early exit learns the next token (method 1.6); 0 if these streams have none.
+
+    Args:
+        target: ``"hard"``, cross-entropy with the text, or ``"distill"``, the Kullback-Leibler
+            divergence from the main stream's own distribution, which gets no gradient from it.
+        main: compute the main stream's loss, too; 0 otherwise.
     """
-    run = Pass(causal_rows(0, tokens.shape[1]), take=slice(0, 1))
-    seams.forward(run, tokens)
-    stores = [
-        FixedPrefix(*context.fresh) if index >= seams.cut else NoStore()
-        for index, context in enumerate(run.contexts)
-    ]
-    return run.cut_hidden, stores
+    hidden = run_batch(seams, batch)
+    B, g, P = batch.targets.shape
+    hosts, targets = mx.array(batch.hosts), mx.array(batch.targets.reshape(B, g * P))
+    loss, labels, exit_labels = hard_loss, targets, _following(batch.tokens, hosts)
+    if target == "distill":
+        loss = soft_loss
+        labels, exit_labels = (_main_at(hidden, hosts, ahead) for ahead in (range(1, g + 1), [0]))
+    told = given_text(seams, hidden.streams, mx.array(batch.tokens), hosts)
+    losses = head_losses(seams, loss, told, labels)
+    if told is not hidden.streams and g > 1:
+        alone = head_losses(seams, loss, hidden.streams[:, P:], labels[:, P:])
+        losses = mx.concatenate([losses[:, :P], 0.5 * (losses[:, P:] + alone)], axis=1)
+    losses = losses * (targets >= 0)
+    sums = losses.reshape(B, g, P).sum(axis=(0, 2))
+    losses = sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
+    exit_loss = mx.array(0.0)
+    if seams.streams.config.prune_rank:
+        at_hosts = mx.take_along_axis(hidden.cut, hosts[:, :, None], axis=1)
+        rows = seams.streams.exit_hidden(mx.stop_gradient(at_hosts))
+        used = targets[:, :P] >= 0  # padding of hosts has no target
+        exit_losses = loss(seams, exit_labels)(rows) * used
+        exit_loss = exit_losses.sum() / mx.maximum(used.sum(), 1)
+    return Losses(losses, exit_loss, main_loss(seams, batch, hidden) if main else mx.array(0.0))
 
 
-def stream_hidden(seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.array) -> mx.array:
-    """Last hidden states of the streams of ``hosts`` [B, P] -> [B, g * P, E], stream-major."""
-    at_hosts = mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)  # [B, P, E]
-    run = seams.run_streams(at_hosts, hosts, stores, prefix=cut_hidden.shape[1])
-    return run.last_hidden
+def main_loss(seams: Seams, batch: Batch, hidden: Hidden) -> mx.array:
+    """Mean cross-entropy of the main stream over the completions, float32 []."""
+    columns = np.flatnonzero((batch.labels >= 0).any(axis=0))
+    some = slice(int(columns[0]), int(columns[-1]) + 1)  # prompts need no head
+    labels = mx.array(batch.labels[:, some])
+    losses = head_losses(seams, hard_loss, hidden.main[:, some], labels) * (labels >= 0)
+    return losses.sum() / mx.maximum((labels >= 0).sum(), 1)
+
+
+def head_losses(seams: Seams, loss: Callable, hidden: mx.array, labels: mx.array) -> mx.array:
+    """Losses [B, r] of last hidden states [B, r, E] against labels [B, r] or [B, r, E].
+
+    The head over a large vocabulary is the largest array of a step, so it goes in chunks whose
+    logits are made again for the gradient.
+    """
+    step = max(1, HEAD_ELEMENTS // (hidden.shape[0] * seams.vocabulary_size))
+    return mx.concatenate(
+        [
+            loss(seams, labels[:, at : at + step])(hidden[:, at : at + step])
+            for at in range(0, hidden.shape[1], step)
+        ],
+        axis=1,
+    )
+
+
+def hard_loss(seams: Seams, targets: mx.array) -> Callable[[mx.array], mx.array]:
+    """Hidden [B, r, E] -> cross-entropy [B, r] against targets [B, r] (-1 counts as 0)."""
+
+    def loss(hidden):
+        logits = seams.head(hidden).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, mx.maximum(targets, 0), reduction="none")
+
+    return mx.checkpoint(loss)
+
+
+def soft_loss(seams: Seams, teacher: mx.array) -> Callable[[mx.array], mx.array]:
+    """Hidden [B, r, E] -> KL(teacher || student) [B, r] over the whole vocabulary.
+
+    Args:
+        teacher: last hidden states of the rows whose distributions are the target [B, r, E].
+    """
+    teacher = mx.stop_gradient(teacher)
+
+    def logprobs(hidden):
+        logits = seams.head(hidden).astype(mx.float32)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def loss(hidden):
+        wanted = mx.stop_gradient(logprobs(teacher))
+        return (mx.exp(wanted) * (wanted - logprobs(hidden))).sum(axis=-1)
+
+    return mx.checkpoint(loss)
 
 
 def given_text(seams: Seams, hidden: mx.array, tokens: mx.array, hosts: mx.array) -> mx.array:
@@ -54,81 +135,48 @@ def given_text(seams: Seams, hidden: mx.array, tokens: mx.array, hosts: mx.array
     if not config.condition_rank:
         return hidden
     (B, P), g, E = hosts.shape, config.num_streams, hidden.shape[-1]
-    at = hosts[None] + mx.arange(1, g + 1)[:, None, None]  # [g, B, P]
-    at = mx.minimum(at, tokens.shape[1] - 1).transpose(1, 0, 2).reshape(B, g * P)
+    at = _ahead(hosts, range(1, g + 1), tokens.shape[1])
     before = embedding_of(seams.model)(mx.take_along_axis(tokens, at, axis=1))
-    by_stream = lambda x: x.reshape(B, g, P, E).transpose(1, 0, 2, 3).reshape(g, B * P, E)  # noqa: E731
+    by_stream = lambda x: x.reshape(B, g, P, -1).transpose(1, 0, 2, 3).reshape(g, B * P, -1)  # noqa: E731
     made = seams.streams.condition(by_stream(hidden), by_stream(before))
     return made.reshape(g, B, P, E).transpose(1, 0, 2, 3).reshape(B, g * P, E)
 
 
-def stream_losses(seams: Seams, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Mean cross-entropy of each stream over its valid targets, float32 [g], and of the early exit.
-
-    Conditioned streams learn half from what they say alone, which chooses the guesses, and half from
-    what they say given the token before, which ranks them; the first stream only from the latter.
-    The early exit learns the next token (method 1.6); 0 if these streams have none.
-    """
-    cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
-    cut_hidden = mx.stop_gradient(cut_hidden)
-    hosts = mx.array(batch.hosts)
-    hidden = stream_hidden(seams, cut_hidden, stores, hosts)
-    B, g, P = batch.targets.shape
-    targets = mx.array(batch.targets.reshape(B, g * P))
-    # The head over a large vocabulary is the largest array of a step, so it goes in chunks whose
-    # logits are made again for the gradient.
-    step = max(1, HEAD_ELEMENTS // (B * seams.vocabulary_size))
-
-    def head_losses(hidden, begin=0):
-        return mx.concatenate(
-            [
-                _head_loss(seams, targets[:, at : at + step])(hidden[:, at : at + step])
-                for at in range(begin, g * P, step)
-            ],
-            axis=1,
-        )
-
-    told = given_text(seams, hidden, mx.array(batch.tokens), hosts)
-    losses = head_losses(told)
-    if told is not hidden and g > 1:
-        both = 0.5 * (losses[:, P:] + head_losses(hidden, begin=P))
-        losses = mx.concatenate([losses[:, :P], both], axis=1)
-    losses = losses * (targets >= 0)
-    sums = losses.reshape(B, g, P).sum(axis=(0, 2))
-    losses = sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
-    if not seams.streams.config.prune_rank:
-        return losses, mx.array(0.0)
-    at_hosts = mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)
-    following = mx.take_along_axis(mx.array(batch.tokens), hosts + 1, axis=1)
-    used = targets[:, :P] >= 0  # padding of hosts has no target
-    exit_losses = _head_loss(seams, following)(seams.streams.exit_hidden(at_hosts)) * used
-    return losses, exit_losses.sum() / mx.maximum(used.sum(), 1)
+def _ahead(hosts: mx.array, ahead, length: int) -> mx.array:
+    """Rows host + j for each j in ``ahead``, stream-major int32 [B, len(ahead) * P], none past the end."""
+    rows = hosts[:, None] + mx.array(list(ahead))[None, :, None]
+    return mx.minimum(rows, length - 1).reshape(hosts.shape[0], -1)
 
 
-def _head_loss(seams: Seams, targets: mx.array):
-    """Hidden [B, r, E] -> cross-entropy [B, r] against targets [B, r] (-1 counts as 0)."""
-
-    def loss(hidden):
-        logits = seams.head(hidden).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, mx.maximum(targets, 0), reduction="none")
-
-    return mx.checkpoint(loss)
+def _main_at(hidden: Hidden, hosts: mx.array, ahead) -> mx.array:
+    """Last hidden states of the main rows host + j, [B, len(ahead) * P, E]."""
+    rows = _ahead(hosts, ahead, hidden.main.shape[1])
+    return mx.take_along_axis(hidden.main, rows[:, :, None], axis=1)
 
 
-def evaluate(seams: Seams, batches: list[Batch], top_k: int) -> dict[str, list[float]]:
+def _following(tokens: np.ndarray, hosts: mx.array) -> mx.array:
+    return mx.take_along_axis(mx.array(tokens), hosts + 1, axis=1)
+
+
+def evaluate(
+    seams: Seams, batches: list[Batch], top_k: int, main: bool = False
+) -> dict[str, list[float]]:
     """Validation loss, top-1 and top-k accuracy of each stream (given the token before, if they are
-    conditioned on it).
+    conditioned on it), against the text whatever the training target was.
+
+    Args:
+        main: the main stream's loss, too.
 
     Returns:
-        {"loss": [g], "top1": [g], "topk": [g]} over all valid targets.
+        {"loss": [g], "top1": [g], "topk": [g]} over all valid targets; with ``main`` also
+        {"main_loss": [1]} over all tokens of the completions.
     """
     g = seams.streams.config.num_streams
     total, loss, top1, topk = (np.zeros(g) for _ in range(4))
+    main_total = main_sum = 0.0
     for batch in batches:
-        cut_hidden, stores = base_pass(seams, mx.array(batch.tokens))
-        hosts = mx.array(batch.hosts)
-        hidden = stream_hidden(seams, cut_hidden, stores, hosts)
-        hidden = given_text(seams, hidden, mx.array(batch.tokens), hosts)
+        states, hosts = run_batch(seams, batch), mx.array(batch.hosts)
+        hidden = given_text(seams, states.streams, mx.array(batch.tokens), hosts)
         B, _, P = batch.targets.shape
         logits = seams.head(hidden).astype(mx.float32)
         targets = mx.array(batch.targets.reshape(B, g * P))
@@ -143,9 +191,14 @@ def evaluate(seams: Seams, batches: list[Batch], top_k: int) -> dict[str, list[f
             (total, targets >= 0),
         ):
             sums += np.array((value.reshape(B, g, P) * valid).sum(axis=(0, 2)))
+        if main:
+            count = int((batch.labels >= 0).sum())
+            main_sum += main_loss(seams, batch, states).item() * count
+            main_total += count
     total = np.maximum(total, 1)
-    return {
+    found = {
         "loss": (loss / total).tolist(),
         "top1": (top1 / total).tolist(),
         "topk": (topk / total).tolist(),
     }
+    return {**found, "main_loss": [main_sum / max(main_total, 1)]} if main else found

@@ -1,0 +1,197 @@
+"""What a file or folder is, told without running or converting anything."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlx_specstream.errors import BadCheckpoint, SpecStreamError
+from mlx_specstream.model.checkpoint import (
+    DESCRIPTION,
+    WEIGHTS,
+    compare,
+    find_streams,
+    fingerprint,
+    read_description,
+)
+
+from .folder import check_folder
+from .formats import PICKLES, Checkpoint, open_checkpoint, own_name
+from .hf_config import normalise
+from .safetensors_header import read_header
+from .safetensors_writer import DTYPES
+from .source import check_remote_code
+from .staging import load_staged, scratch_folder, stage_model
+from .torch_pickle import read_state
+from .weights import read_json
+
+# One set of names for types, whatever the format calls them.
+NAMES = {code: str(kind).removeprefix("mlx.core.") for kind, code in DTYPES.items()}
+SIZE_KEYS = ("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "num_key_value_heads")
+
+
+class Report(dict):
+    """label -> value, in the order of the telling; `problems` says why something is not safe."""
+
+    def __init__(self, path: Path):
+        super().__init__(path=str(path))
+        self.problems: list[str] = []
+
+    def attempt(self, look, *args) -> None:
+        """Let `look(self, *args)` tell its part; what it refuses becomes a problem."""
+        try:
+            look(self, *args)
+        except (SpecStreamError, OSError) as error:
+            self.problems.append(" ".join(str(error).split()))
+
+
+def inspect(path: Path) -> Report:
+    """Describe a model folder, a streams folder, an adapter folder or one file of weights.
+
+    Raises: BadCheckpoint when there is nothing to describe. What is damaged or unsafe about it is
+    told in the report.
+    """
+    report = Report(path)
+    if path.is_file():
+        report.attempt(tell_file, path)
+    elif not path.is_dir():
+        raise BadCheckpoint(f"{path} does not exist; give a file or a folder")
+    elif any((path / name).exists() for name in ("config.json", "params.json")):
+        report["kind"] = "model folder"
+        report.attempt(tell_model, path)
+    elif (path / "adapter_config.json").exists():
+        report.attempt(lambda _: check_folder(path))
+        report.attempt(tell_adapter, path)
+    elif (path / DESCRIPTION).exists():
+        report.attempt(lambda _: check_folder(path))
+        report.attempt(tell_streams, path, None)
+    else:
+        raise BadCheckpoint(
+            f"{path}: neither a model (config.json), an adapter (adapter_config.json) nor streams "
+            f"({DESCRIPTION})"
+        )
+    report["safe"] = "no" if report.problems else "yes"
+    return report
+
+
+def tell_file(report: Report, path: Path) -> None:
+    kind, tensors, more = look_into(path)
+    report["kind"] = f"{kind} file"
+    report["size"] = megabytes(path.stat().st_size)
+    report |= more
+    tell_tensors(report, tensors)
+
+
+def look_into(path: Path) -> tuple[str, dict[str, tuple[str, tuple]], dict[str, str]]:
+    """(format, name -> (dtype, shape), what else there is) of a file of weights."""
+    with open(path, "rb") as stream:
+        begin = stream.read(9)
+    more = {}
+    if path.suffix == ".safetensors" or begin[8:9] == b"{":
+        header = read_header(path)
+        if header.metadata:
+            more["metadata"] = ", ".join(f"{k}={v}" for k, v in header.metadata.items())[:200]
+        if header.unused:
+            more["bytes of no tensor"] = str(header.unused)
+        return "safetensors", {n: (t.dtype, t.shape) for n, t in header.tensors.items()}, more
+    if path.suffix in PICKLES or begin[:4] == b"PK\x03\x04":
+        state = read_state(path)
+        if state.ignored:
+            more["beside the tensors"] = ", ".join(state.ignored)[:200]
+        return "pickled", {n: (t.storage.dtype, t.shape) for n, t in state.tensors.items()}, more
+    raise BadCheckpoint(f"{path}: neither safetensors nor a PyTorch file")
+
+
+def tell_tensors(report: Report, tensors: dict[str, tuple[str, tuple]]) -> None:
+    numbers = Counter()
+    for dtype, shape in tensors.values():
+        numbers[NAMES.get(dtype, dtype)] += math.prod(shape)
+    report["tensors"] = str(len(tensors))
+    report["numbers"] = ", ".join(f"{count:,} {dtype}" for dtype, count in numbers.items())
+    if streams := sum(own_name(name) is not None for name in tensors):
+        report["stream tensors"] = str(streams)
+
+
+def tell_model(report: Report, folder: Path) -> None:
+    checkpoint = open_checkpoint(str(folder))
+    original, files = checkpoint.config, checkpoint.files
+    report["architecture"] = str(original.get("model_type"))
+    text = original.get("text_config")
+    text = {**original, **(text if isinstance(text, dict) else {})}
+    layers = text.get("num_hidden_layers", text.get("n_layer"))
+    sizes = [f"{key} {text[key]}" for key in SIZE_KEYS if key in text]
+    report["sizes"] = ", ".join([f"{layers} layers", *sizes])
+    if isinstance(quantization := original.get("quantization"), dict):
+        plain = [f"{k} {v}" for k, v in quantization.items() if not isinstance(v, dict)]
+        report["quantisation"] = ", ".join(plain)
+    code = sorted(path.name for path in folder.glob("*.py"))
+    if code:
+        report["python files"] = f"{', '.join(code)} (never run)"
+    for note in check_remote_code(original, False):
+        report["note"] = note
+    found = [look_into(path) for path in files]
+    kinds = " and ".join(sorted({kind for kind, *_ in found}))
+    size = megabytes(sum(path.stat().st_size for path in files))
+    report["weights"] = f"{len(files)} files, {kinds}, {size}"
+    tell_tensors(
+        report, {name: about for _, tensors, _ in found for name, about in tensors.items()}
+    )
+    base = None
+    if kinds == "safetensors":
+        base = base_of(checkpoint)
+        report["fingerprint"] = digest(base)
+    else:
+        report["fingerprint"] = "not known before the pickled weights are converted"
+    if (streams := find_streams(folder)) is not None:
+        tell_streams(report, streams, base)
+
+
+def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fingerprint of a model; only the few tensors that it samples are read."""
+    config, _ = normalise(checkpoint.config)
+    with scratch_folder() as stage, scratch_folder() as room:
+        stage_model(checkpoint, config, stage, room, False, lambda line: None)
+        model, _ = load_staged(stage, False)
+        return fingerprint(model)
+
+
+def digest(base: dict[str, Any]) -> str:
+    """A fingerprint in 16 characters: the same weights, whatever the folder is called."""
+    text = json.dumps(base, sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}, {base['model_type']}"
+
+
+def tell_streams(report: Report, folder: Path, base: dict[str, Any] | None) -> None:
+    description = read_description(folder)
+    config, training = description["config"], description.get("training")
+    header = read_header(folder / WEIGHTS)
+    report.setdefault("kind", "streams folder")
+    report["streams"] = (
+        f"{config.num_streams} streams over the top {config.msa_layers} layers, LoRA of rank "
+        f"{config.lora_rank}, {sum(math.prod(t.shape) for t in header.tensors.values()):,} numbers"
+    )
+    report["streams are lossless"] = "no" if config.main_sees_streams else "yes"
+    report["trained on"] = digest(description["base"])
+    if isinstance(training, dict) and "steps" in training:
+        report["training"] = f"{training['steps']} steps"
+    if base is not None:
+        kind, why = compare(description["base"], base)
+        report["match"] = f"{kind}: {why}"
+
+
+def tell_adapter(report: Report, folder: Path) -> None:
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path") or config.get("model")
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+        tell_file(report, path)
+    report["kind"] = f"{'PEFT' if 'peft_type' in config else 'mlx-lm'} adapter folder"
+    report["base"] = str(base)[:200]
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora", "fine_tune_type", "num_layers"):
+        if config.get(key) is not None:
+            report[key] = str(config[key])[:60]
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,83 @@
+"""Dtype and quantisation of a converted model, by mlx-lm's own functions."""
+
+import contextlib
+import io
+
+import mlx.core as mx
+from mlx.utils import tree_map_with_path
+
+from mlx_specstream.errors import BadArgument
+
+from .staging import one_line
+from .weights import some
+
+DTYPES = ("float16", "bfloat16", "float32")
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+RECIPE_GROUP = 64  # weights per scale; the default of mlx-lm's recipes
+
+
+def check_arguments(quantize, dequantize, dtype, q_mode, quant_predicate) -> None:
+    if quantize and dequantize:
+        raise BadArgument("choose either quantize or dequantize, not both")
+    if dtype is not None and dtype not in DTYPES:
+        raise BadArgument(f"'dtype' must be one of {', '.join(DTYPES)} but got {dtype!r}")
+    if q_mode not in MODES:
+        raise BadArgument(f"'q_mode' must be one of {', '.join(MODES)} but got {q_mode!r}")
+    if isinstance(quant_predicate, str):
+        from mlx_lm.convert import QUANT_RECIPES
+
+        if quant_predicate not in QUANT_RECIPES:
+            raise BadArgument(
+                f"'quant_predicate' must be one of {', '.join(QUANT_RECIPES)} but got "
+                f"{quant_predicate!r}"
+            )
+        if q_mode != "affine":
+            raise BadArgument(f"a quantisation recipe needs q_mode 'affine' but got {q_mode!r}")
+
+
+def cast(model, dtype: str | None, log) -> None:
+    """Cast the floating-point parameters, except those that the model wants to keep."""
+    if dtype not in DTYPES:
+        return
+    log(f"dtype {dtype}")
+    wanted = getattr(model, "cast_predicate", lambda name: True)
+
+    def to_dtype(name, value):
+        change = wanted(name) and mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(getattr(mx, dtype)) if change else value
+
+    model.update(tree_map_with_path(to_dtype, model.parameters()))
+
+
+def requantize(model, config: dict, quantize: bool, dequantize: bool, quantization, log):
+    """Quantise or dequantise with mlx-lm's own functions; their prints go to `log`."""
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import dequantize_model, quantize_model
+
+    if dequantize:
+        config = {k: v for k, v in config.items() if not k.startswith("quantization")}
+        return dequantize_model(model), config
+    if not quantize:
+        return model, config
+    group, bits, mode, predicate = quantization
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            if isinstance(predicate, str):
+                predicate = mixed_quant_predicate_builder(predicate, model, group or RECIPE_GROUP)
+            model, config = quantize_model(
+                model, config, group, bits, mode=mode, quant_predicate=predicate
+            )
+    except ValueError as error:
+        raise BadArgument(
+            f"cannot quantise with q_bits={bits}, q_group_size={group}, q_mode={mode!r}: "
+            f"{one_line(error)}"
+        ) from None
+    for line in printed.getvalue().splitlines():
+        log(line.removeprefix("[INFO] "))
+    left = [p for p, m in model.named_modules() if hasattr(m, "to_quantized") and "weight" in m]
+    if left:
+        log(
+            f"{len(left)} layers stay unquantised (rows no multiple of a group, or not chosen): {some(left)}"
+        )
+    return model, config

@@ -1,0 +1,31 @@
+"""Tell what a file or folder is: which base, which streams, how large, and whether it is safe to use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .lines import printable
+
+HELP = "tell what a model, streams or weights file is, and whether it is safe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="folder or file; nothing of it is run")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..converters.inspection import inspect
+    from ..errors import BadCheckpoint
+
+    report = inspect(args.path)
+    if args.json:
+        print(json.dumps({**report, "problems": report.problems}, indent=1))
+    else:
+        width = max(map(len, report))
+        for label, value in report.items():
+            print(printable(f"{label:<{width}}  {value}"))
+    if report.problems:
+        raise BadCheckpoint("; ".join(report.problems))

@@ -1,0 +1,59 @@
+"""The values that streams begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..config import StreamConfig
+from ..errors import BadArgument
+from ..model.checkpoint import load_streams
+from ..model.projections import embedding_of, hidden_size, weight_shape
+from ..model.seams import Seams, stream_shapes
+from ..model.streams import Streams
+from .data import Example, make_batch
+from .passes import base_pass
+
+EMBEDDING_SHARE = 0.05  # initial P_j against the RMS of the hidden states they are added to
+
+
+def new_streams(model: nn.Module, config: StreamConfig) -> Streams:
+    """Streams with random values from ``mx.random``; ``scale_embeddings`` is to follow."""
+    shapes = stream_shapes(model, config)
+    if config.lora_rank and not any(shapes):
+        raise BadArgument(
+            f"[train] none of {', '.join(config.lora_targets)} is a projection of this model; "
+            "choose other --lora-targets."
+        )
+    narrow = weight_shape(embedding_of(model))[1]
+    return Streams(config, hidden_size(model), shapes, embedding_scale=1.0, token_width=narrow)
+
+
+def scale_embeddings(seams: Seams, examples: list[Example]) -> None:
+    """Make the initial P_j small against the hidden states they are added to."""
+    if seams.streams.config.value_rotation:
+        return
+    batch = make_batch(examples, [np.array(e.hosts()[:1]) for e in examples], 1)
+    hidden, _ = base_pass(seams, mx.array(batch.tokens))
+    rms = mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
+    seams.streams.embeddings = EMBEDDING_SHARE * rms * seams.streams.embeddings
+    mx.eval(seams.streams.parameters())
+
+
+def begin_from(folder: Path, seams: Seams) -> str:
+    """Take over what fits of the streams in ``folder``; returns a line for the user."""
+    own = dict(tree_flatten(seams.streams.parameters()))
+    theirs = tree_flatten(load_streams(folder, seams.model)[0].parameters())
+    taken = [(name, x) for name, x in theirs if name in own and own[name].shape == x.shape]
+    if not taken:
+        raise BadArgument(
+            f"[train] nothing of the streams in {folder} fits these; train with their --lora-rank, "
+            "--msa-layers and --num-streams."
+        )
+    seams.streams.load_weights(taken, strict=False)
+    mx.eval(seams.streams.parameters())
+    return f"{len(taken)} of {len(own)} arrays begin as in {folder}"
