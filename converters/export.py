@@ -112,7 +112,7 @@ def hf_config(config: dict, hf: Weights) -> dict:
 def check_gives_back(model, hf: Weights, config: dict) -> None:
     """Raise UnsupportedModel unless mlx-lm's class makes the very same weights of `hf`."""
     wanted, again, family = dict(tree_flatten(model.parameters())), dict(hf), config["model_type"]
-    again = {part.name: part.of(v) for k, v in again.items() for part in parts_of(k, family)}
+    again = {part.name: part.of(v) for k, v in again.items() for part in parts_of(k, config)}
     try:
         model_class, args_class = find_classes(config)
         fresh = model_class(args_class.from_dict(config))  # some change themselves as they load

@@ -88,15 +88,15 @@ class Checkpoint:
         every = [name for inside in names.values() for name in inside]
         family = self.config.get("model_type")
         base = clean_names([n for n in every if not own_name(n)], family)
-        tied = (transformers_view(self.config) or self.config).get("tie_word_embeddings")
+        view = {**(transformers_view(self.config) or self.config), "model_type": family}
         for path, inside in names.items():
             new = {}
             for name in inside:
                 clean = base.get(name)
                 if clean is None:  # of the streams
                     continue
-                parts = parts_of(clean, family)
-                if not parts or (tied and clean == HEAD):
+                parts = parts_of(clean, view)
+                if not parts or (view.get("tie_word_embeddings") and clean == HEAD):
                     self.notes.append(f"{path.name}: {name!r} is not needed and was left out")
                 else:
                     new[name] = parts

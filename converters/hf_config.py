@@ -71,7 +71,7 @@ def transformers_view(config: dict) -> dict | None:
         made = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(known))
         view = made.to_dict()
         # Settings that transformers has given another name since; mlx-lm reads the first one.
-        return view
+        return {k: view[new] for k, new in made.attribute_map.items() if new in view} | view
     except Exception as error:  # a config class validates by whatever its author chose to raise
         reason = " ".join(str(error).split())[:200]
         raise BadCheckpoint(f"config.json is not a valid {model_type!r} config: {reason}") from None

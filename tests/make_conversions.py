@@ -60,6 +60,8 @@ KNOWN_AS = {
     "smollm3": "SmolLM3",
     "olmo2": "OLMo 2",
     "gpt_oss": "gpt-oss, fine-tuned in full",
+    "mamba": "Mamba",
+    "qwen3_next": "Qwen3-Next (gated delta)",
     "ministral3": "Ministral 3",
     "gpt2": "GPT-2",
     "opt": "OPT-125m, 1.3b, 6.7b",
@@ -125,7 +127,7 @@ def architectures() -> str:
         for write in sources.FORMATS.values():
             row.append(cell(lambda n=name, w=write: from_format(n, w)))
         row.append(cell(lambda n=name: way_back(n)))
-        row.append("yes" if family_of(name) in TESTED else "no")
+        row.append("yes" if family_of(name) in TESTED else "no: recurrent layers")
         rows.append(row)
         print(*row, sep=" | ", flush=True)
     blank = ["" for _ in list(sources.FORMATS)[1:]]

@@ -113,6 +113,10 @@ def test_a_class_that_reads_the_new_style_gets_both():
             {"layer_types": MIXED[1:2] * 3},
         ),
         (config("mistral", sliding_window=None), {"sliding_window": None}),
+        (  # transformers 5 has renamed what mlx-lm still reads
+            config("qwen3_moe", num_local_experts=5, head_dim=6),
+            {"num_experts": 5, "moe_intermediate_size": 768},
+        ),
         (config("mistral", sliding_window=128), {}),
         (config("smollm3"), {"no_rope_layers": [1, 1, 1]}),
         (config("gpt2", n_positions=19, n_embd=24, n_head=4, n_layer=3), {"n_ctx": 19}),

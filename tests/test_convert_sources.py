@@ -13,6 +13,7 @@ from test_convert_pickle import call, name, ops, state, storage, tensor, write_l
 from test_convert_streams import add_tokenizer
 
 from mlx_specstream.converters import convert
+from mlx_specstream.converters.families import Part, parts_of
 from mlx_specstream.converters.meta import config_of, halves
 from mlx_specstream.converters.nested import clean_names, find_state
 from mlx_specstream.converters.torch_pickle import load_torch, read_state
@@ -297,6 +298,33 @@ def test_names_that_cannot_be_cleaned():
         clean_names(["_orig_mod.a", "a"], None)
     with pytest.raises(BadCheckpoint, match="LoRA inside the model"):
         clean_names(["model.layers.0.q_proj.lora_A.default.weight"], None)
+
+
+def test_experts_of_a_running_model_are_taken_apart():
+    """[experts, rows, columns] of transformers 5 in memory: gate above up."""
+    fused = mx.arange(24).reshape(2, 4, 3)
+    mixtral = {"model_type": "mixtral", "num_local_experts": 2}
+    qwen = {"model_type": "qwen3_moe", "num_experts": 2}
+    for config, names in (
+        (mixtral, ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3")),
+        (qwen, ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")),
+    ):
+        parts = parts_of("model.layers.0.mlp.experts.gate_up_proj", config)
+        wanted = [f"model.layers.0.{n.format(e)}.weight" for e in range(2) for n in names]
+        assert [part.name for part in parts] == wanted
+        columns = [part.of(fused)[:, 0].tolist() for part in parts]
+        assert columns == [[0, 3], [6, 9], [12, 15], [18, 21]]
+    down = parts_of("model.layers.0.mlp.experts.down_proj", mixtral)
+    assert [part.of(fused).shape for part in down] == [(4, 3), (4, 3)]
+    with pytest.raises(BadCheckpoint, match=r"config\.json says 2 experts"):
+        down[0].of(fused[:1])
+    (turned,) = parts_of("model.layers.1.mlp.experts.down_proj", {"model_type": "gpt_oss"})
+    assert turned.of(fused).shape == (2, 3, 4)
+    (router,) = parts_of("model.layers.0.mlp.gate.weight", mixtral)
+    assert router.name == "model.layers.0.block_sparse_moe.gate.weight"
+    gpt2 = {"model_type": "gpt2"}
+    assert parts_of("h.0.attn.bias", gpt2) == []
+    assert parts_of("h.0.attn.c_attn.bias", gpt2) == [Part("h.0.attn.c_attn.bias")]
 
 
 def test_a_bare_state_dict_needs_a_base(tmp_path):

@@ -134,6 +134,18 @@ MODELS = {
             **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
         },
     },
+    "mamba": {  # recurrent: converts, but cannot have streams
+        **{"state_size": 6, "conv_kernel": 4, "time_step_rank": 5, "expand": 2},
+        "tie_word_embeddings": True,
+    },
+    "qwen3_next": {  # three of four layers are recurrent (gated delta)
+        **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
+        **{"linear_value_head_dim": 6, "linear_conv_kernel_dim": 4, "head_dim": 8},
+        **{"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+        **{"shared_expert_intermediate_size": 28, "num_hidden_layers": 4},
+        "tie_word_embeddings": False,
+        "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5},
+    },
     "gpt2": {"n_embd": 24, "n_head": 4, "n_layer": 3, "max_position_embeddings": 40},
     "opt": {"word_embed_proj_dim": 24, "ffn_dim": 36, "max_position_embeddings": 40},
     "opt_350m": {
