@@ -5,10 +5,10 @@
 
 On a CPU MLX turns fused operations into C++, compiles them and keeps them in the system's temporary
 folder. Every run is a process of its own; ``TMPDIR`` points to a fresh folder (cold), to the same one
-again (warm), and both once more without a compiler on ``PATH``. Reported: seconds to the first token
-and for the whole of the first two answers, loading apart, traces of ours, C++ kernels compiled, and
-whether all runs said the same. ``mlx_lm`` is stock mlx-lm, anything else is ours: ``plain``,
-``planned`` or a tree.
+again (again), to it after ``mlx-specstream tune`` (tuned), and to a fresh one without a compiler on ``PATH``
+(no compiler). Reported: seconds to the first token and for the whole of the first two answers, loading
+apart, traces of ours, C++ kernels compiled, and whether all runs said the same. ``mlx_lm`` is stock
+mlx-lm, anything else is ours: ``plain``, ``planned`` or a tree.
 """
 
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
@@ -26,7 +26,7 @@ from pathlib import Path
 from machine import about_machine, arguments
 from tasks import FORMS, valid_sample
 
-STATES = ("cold", "warm", "no compiler, cold", "no compiler, warm")
+STATES = ("cold", "again", "tuned", "no compiler")
 
 
 def kernels() -> int:
@@ -76,13 +76,30 @@ def child(args) -> None:
     print(json.dumps(found))
 
 
-def run(args, way: str, temporary: str, compiler: bool) -> dict:
-    """A child's report, or its last line on stderr under ``failed``."""
-    environment = {**os.environ, "TMPDIR": temporary}
+def environment_of(temporary: str, compiler: bool = True) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "TMPDIR": temporary,
+        "MLX_SPECSTREAM_CACHE": f"{temporary}/profiles",
+    }
     if not compiler:
         empty = Path(temporary) / "empty"
         empty.mkdir(exist_ok=True)
         environment["PATH"] = str(empty)
+    return environment
+
+
+def tune(args, temporary: str) -> float:
+    """Seconds of ``mlx-specstream tune``, nearly all of them the compiler's."""
+    command = [sys.executable, "-m", "mlx_specstream", "tune", "--model", args.model]
+    command += ["--streams", args.streams, "--contexts", "64", "--repeats", "1"]
+    tic = time.perf_counter()
+    subprocess.run(command, env=environment_of(temporary), check=True, capture_output=True)
+    return time.perf_counter() - tic
+
+
+def run(args, way: str, environment: dict[str, str]) -> dict:
+    """A child's report, or its last line on stderr under ``failed``."""
     command = [sys.executable, __file__, "--child", way, "--model", args.model]
     command += ["--streams", args.streams, "--task", args.task]
     command += ["--max-tokens", str(args.max_tokens), "--out", "-"]
@@ -119,18 +136,20 @@ def main():
     for _ in range(args.repeats):
         for way in args.ways:
             with (
-                tempfile.TemporaryDirectory() as warm,
+                tempfile.TemporaryDirectory() as folder,
                 tempfile.TemporaryDirectory() as bare,
             ):
-                # A warm folder is one that a cold run left behind.
-                cold = run(args, way, warm, True)
-                for state in args.states:
-                    if state == "cold":
-                        found = cold
-                    else:
-                        folder = warm if state.endswith("warm") else bare
-                        found = run(args, way, folder, not state.startswith("no compiler"))
-                    runs[way][state].append(found)
+                for state in ("cold", "again", "no compiler"):
+                    compiler = state != "no compiler"
+                    found = run(args, way, environment_of(folder if compiler else bare, compiler))
+                    if state in args.states:
+                        runs[way][state].append(found)
+    if "tuned" in args.states:
+        with tempfile.TemporaryDirectory() as folder:
+            results["tune_s"] = tune(args, folder)
+            for _ in range(args.repeats):
+                for way in args.ways:
+                    runs[way]["tuned"].append(run(args, way, environment_of(folder)))
     reference = None
     for way in args.ways:
         results["ways"][way] = runs[way]

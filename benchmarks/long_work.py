@@ -29,6 +29,7 @@ from never_slower import random_streams
 from tasks import FORMS, valid_sample
 
 from mlx_specstream.config import StreamConfig
+from mlx_specstream.decode.compiling import compile_from_now_on
 from mlx_specstream.model.cache import make_prompt_cache
 from mlx_specstream.model.seams import attach, seams_of
 from mlx_specstream.model.window import SLACK
@@ -100,6 +101,7 @@ def child(args) -> dict:
         generate, options = mlx_lm.stream_generate, {}
     else:
         model, tokenizer = mlx_specstream.load(args.model, streams=args.streams)
+        compile_from_now_on(seams_of(model))
         generate, options = mlx_specstream.stream_generate, options_of(args.child)
         streams = seams_of(model).streams.parameters()
         mx.eval(streams)

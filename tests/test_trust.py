@@ -9,7 +9,7 @@ import pytest
 from curves import FLAT, ROWS, costs
 
 from mlx_specstream.decode.draft import Guesses
-from mlx_specstream.decode.plan import Planned
+from mlx_specstream.decode.plan import LOOK_BACK, Planned
 from mlx_specstream.decode.planner import Planner
 from mlx_specstream.decode.trust import Trust, TrustBySize
 
@@ -101,8 +101,9 @@ def test_nothing_is_drafted_unseen_beyond_the_balance():
     assert planner.choose_unseen(0) is None
 
 
-def test_what_was_planned_unseen_is_learned_all_the_same():
+def test_what_was_planned_unseen_is_learned_all_the_same(monkeypatch):
     """Probabilities are read behind the pass; they and the outcome count as if seen before it."""
+    monkeypatch.setattr("mlx_specstream.decode.plan.LOOK_BACK", 1)
     rng = np.random.default_rng(4)
     guesses = Guesses(
         mx.array(rng.permutation(40).reshape(4, 10).astype(np.int32)),
@@ -120,3 +121,24 @@ def test_what_was_planned_unseen_is_learned_all_the_same():
         steering.observe(replace(plan, nodes=8), 0, guesses.tokens[:2, 0].tolist())
         after.append((planner._drafts, planner._trust[True].ratios, planner._balance))
     assert all(np.array_equal(a, b) for a, b in zip(*after, strict=True))
+
+
+def test_of_passes_without_a_look_some_are_learned_from():
+    """All of them are paid for."""
+    guesses = Guesses(
+        mx.array(np.arange(20).reshape(4, 5).astype(np.int32)),
+        mx.array(np.log(np.tile([0.9, 0.04, 0.03, 0.02, 0.01], (4, 1)))),
+    )
+    planner = taught(STEADY, 40)
+    steering, balance, seen = Planned(planner), [], []
+    for _ in range(2 * LOOK_BACK):
+        before = planner._trust[True].ratios
+        plan = steering.next_pass(guesses, None, 0)
+        assert plan.unseen is not None
+        planner._balance = 6.0
+        steering.observe(plan, 0, guesses.tokens[:2, 0].tolist())
+        balance.append(planner._balance)
+        seen.append(not np.array_equal(before, planner._trust[True].ratios))
+    assert sum(seen) == 2
+    assert len(set(balance)) == 1
+    assert balance[0] != 6.0

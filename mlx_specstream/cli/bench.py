@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     from ..measure.bench import about_model, collect, make_modes
     from ..measure.report import page, read_tune
     from ..measure.tables import every_table
+    from ..measure.warm import warm_up
 
     tune = None if args.tune is None else read_tune(args.tune)
     model, tokenizer = options.load_model(args)
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
         num_draft_tokens=args.num_draft_tokens,
         keywords={name: value for name, value in keywords.items() if value is not None},
     )
+    if seams is not None:
+        warm_up(model, tokenizer)
     with show.Progress("answers") as progress:
         results = collect(
             modes,

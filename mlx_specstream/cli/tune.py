@@ -1,7 +1,8 @@
 """Measure what the rows of a pass cost on this machine, for this model, and store it.
 
 The planner reads the profile from then on; it holds for this machine, model, quantisation, streams
-and these library versions. Takes a minute or two; nothing else should run meanwhile.
+and these library versions. Takes a minute or two; nothing else should run meanwhile. On a Linux CPU with a C++
+compiler it also has MLX compile the kernels of decoding, without which passes run uncompiled there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files import write_text
     from ..measure.machine import about_machine
     from ..measure.rows import CONTEXTS, ROWS, check_sizes, measure_costs
+    from ..measure.warm import warm_up
     from ..model.seams import attach, seams_of
     from ..model.support import check_supported
     from ..profile import save_profile
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadArgument(f"[repeats] must be >= 1, got {args.repeats}.")
     rows = check_sizes("rows", args.rows or ROWS, least=1)
     contexts = check_sizes("contexts", args.contexts or CONTEXTS, least=1)
-    model, _ = options.load_model(args)
+    model, tokenizer = options.load_model(args)
     seams = seams_of(model)
     if seams is None:
         check_supported(model)
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
             repeats=args.repeats,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    warm_up(model, tokenizer)
     show(console, costs)
     path = save_profile(costs_key(seams), {"costs": costs.to_json()})
     console.print(f"stored in {path}", soft_wrap=True)

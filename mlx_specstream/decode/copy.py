@@ -139,7 +139,7 @@ class Copier:
         self._starts: list[int] = []  # per token: where its characters begin
         self._characters: list[str] = []
         self._halves: list[int] = []  # tokens at the end that do not yet make whole characters
-        self._word: int | None = None  # where the last word begins
+        self._key = ""  # the text from the beginning of the last word on, while it is short
         self._token_places, self._text_places = _Places(), _Places()
         self.extend(tokens)
 
@@ -235,22 +235,17 @@ class Copier:
         text = self._characters
         text.append(character)
         if character == BARRIER:
-            self._word = None
+            self._key = ""
         elif character.isalnum() and not _inside_word(text, len(text) - 1):
-            self._word = len(text) - 1
-        key = self._text_key()
-        if key:
-            self._text_places.add(key, len(text))
-
-    def _text_key(self) -> str:
-        """The text from the beginning of the last word on; empty where there is no such key."""
-        if self._word is None or len(self._characters) - self._word > WORD:
-            return ""
-        return "".join(self._characters[self._word :])
+            self._key = character
+        elif self._key:
+            self._key = self._key + character if len(self._key) < WORD else ""
+        if self._key:
+            self._text_places.add(self._key, len(text))
 
     def _text_matches(self) -> list[tuple[int, int, str]]:
         """(characters of a suffix, index behind its earlier place, class of places), best first."""
-        text, key = self._characters, self._text_key()
+        text, key = self._characters, self._key
         n = len(text)
         if not key or self._halves:
             return []
@@ -401,6 +396,5 @@ def _agreement(following: list) -> str:
 
 def _inside_word(text: list[str], index: int) -> bool:
     """Is the character one of a word that begins before it?"""
-    if index == 0 or ord(text[index]) >= IDEOGRAPHS:
-        return False
-    return text[index].isalnum() and text[index - 1].isalnum()
+    here = text[index]
+    return here.isalnum() and index > 0 and text[index - 1].isalnum() and ord(here) < IDEOGRAPHS

@@ -22,6 +22,7 @@ from ..model.buffers import Buffers
 from ..model.seams import Seams
 from .buckets import Buckets, round_up
 from .choose import Drawn, Greedy, Opaque, logprobs_of
+from .compiling import compiles
 from .draft import CopiedText, Guesses
 from .plan import NextPass, Steering
 from .record import PassRecord, Record
@@ -107,6 +108,7 @@ class Decoder:
         self.copier, self.guard, self.record = copier, guard, record
         self.config = seams.streams.config if streams else None
         self.buffers = Buffers(stores)
+        self._compiled = compiles(seams)
         self.buckets: Buckets = seams.kept.setdefault("buckets", Buckets())
         if seams.watch.changed():
             self.buckets.clear()
@@ -256,7 +258,7 @@ class Decoder:
         threshold = shape.prune is not None and shape.prune.threshold is not None
         key = "pass", shape, base_of, guesses is not None, text is not None
         cold = self.place == 0 and key not in self.buckets
-        run = make() if cold or threshold else self.buckets.get(key, make)
+        run = make() if cold or threshold else self.buckets.get(key, make, self._compiled)
         tree, logits, hidden, kept, fresh, accepted, keys, values = run(
             self._root, self._offset, buffers.bases, list(guesses or []), list(text or []),
             buffers.keys, buffers.values,
@@ -398,7 +400,7 @@ class Decoder:
             shape.inline, shape.lengths, base_of, K, greedy is None,
         )  # fmt: skip
         threshold = shape.prune is not None and shape.prune.threshold is not None
-        run = make() if threshold else self.buckets.get(kind, make)
+        run = make() if threshold else self.buckets.get(kind, make, self._compiled)
         after = mx.array(buffers.offset + count, dtype=mx.int32)
         drafts, keys, values = run(
             [] if in_place else accepted.path, self._root, self._offset, after, buffers.bases,

@@ -15,7 +15,8 @@ from .prune import PruneRule
 from .tree import MAX_NODES, TreeShape
 
 PLACEMENTS = ("inline", "deferred")
-MOST_GUESSES = 12  # of each stream, however large the tree: the others are hardly ever in it
+MOST_GUESSES = 8  # of each stream, however large the tree: the others are hardly ever in it
+LOOK_BACK = 4  # of the passes whose draft nobody looked at, one in so many is weighed afterwards
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Planned:
 
     def __init__(self, planner: Planner, inline: bool = False):
         self.planner, self.inline = planner, inline
+        self._unseen = 0  # passes whose draft was verified without a look
 
     def candidates(self, vocabulary: int) -> int:
         return min(self._largest.size - 1, MOST_GUESSES, vocabulary)
@@ -140,6 +142,15 @@ class Planned:
     def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
         promises, copied = plan.promises, plan.copied
         if plan.unseen is not None:
+            self._unseen += 1
+            if self._unseen % LOOK_BACK:
+                self.planner.account(
+                    context=context,
+                    nodes=plan.nodes,
+                    accepted=len(accepted),
+                    streams=plan.streams,
+                )
+                return
             promises, copied = self._promises(*plan.unseen)
         self.planner.observe(
             context=context,

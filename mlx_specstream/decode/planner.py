@@ -194,16 +194,11 @@ class Planner:
                 float [c], descending.
             ranks: places of the accepted nodes in ``probabilities``; None: the first ones.
         """
+        spent = self.account(context=context, nodes=nodes, accepted=accepted, streams=streams)
         passes, behind = self._at(context)
-        spent, tokens = self._spent(nodes, streams, context), 1 + accepted
-        self._balance = min(SAVINGS, self._balance + SHARE * tokens + tokens - spent)
-        self._wait -= tokens
-
         promises = np.zeros(0) if probabilities is None else np.asarray(probabilities, np.float64)
         from_streams = from_streams and self.streams > 0
         drafted = from_streams and len(promises) > 0
-        if self.copies:
-            self._trust[False].fade(tokens)
         if nodes > 1 and len(promises):
             trust = self._trust[from_streams]
             if from_streams:
@@ -217,6 +212,19 @@ class Planner:
             alone = copied if from_streams else promises
             self._copied = self._appended(self._copied, np.zeros(0) if alone is None else alone)
         self._steer(passes, behind, spent, accepted, streams, drafted)
+
+    def account(self, *, context: int, nodes: int, accepted: int, streams: bool) -> float:
+        """The part of ``observe`` for a pass whose draft nobody looked at.
+
+        Returns:
+            What the pass cost, in plain tokens.
+        """
+        spent, tokens = self._spent(nodes, streams, context), 1 + accepted
+        self._balance = min(SAVINGS, self._balance + SHARE * tokens + tokens - spent)
+        self._wait -= tokens
+        if self.copies:
+            self._trust[False].fade(tokens)
+        return spent
 
     def _steer(self, passes, behind, spent, accepted, streams: bool, drafted: bool) -> None:
         """Streams on, off for a pause, or on trial; and the price of time."""

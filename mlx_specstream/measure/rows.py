@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..decode.choose import Greedy
+from ..decode.compiling import compile_from_now_on
 from ..decode.costs import Costs
 from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
@@ -109,6 +110,7 @@ def measure_costs(
     Returns:
         Lower quartiles, in milliseconds.
     """
+    compile_from_now_on(seams)
     has_streams = seams.streams is not None
     deferrable = has_streams and not seams.streams.config.main_sees_streams
     kinds = [_Script(n, False, False) for n in rows]

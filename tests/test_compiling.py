@@ -1,0 +1,109 @@
+"""Where kernels need a C++ compiler, passes run uncompiled until somebody has had them made."""
+
+import shutil
+import tempfile
+
+import mlx.core as mx
+import pytest
+from tiny_models import attached, make_tokenizer
+
+from mlx_specstream import stream_generate
+from mlx_specstream.decode import buckets, compiling
+from mlx_specstream.decode.compiling import compile_from_now_on, compiles, mark_of, remember_kernels
+from mlx_specstream.measure.rows import measure_costs
+from mlx_specstream.measure.warm import warm_up
+
+PROMPT = [3, 5, 7, 3, 5]
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """A machine with a compiler and no kernels; how many functions are compiled there."""
+    monkeypatch.setattr(compiling, "waits_for_compiler", lambda: True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    calls = []
+
+    def compile(function):
+        calls.append(function)
+        return function
+
+    monkeypatch.setattr(buckets.mx, "compile", compile)
+    return calls
+
+
+def decode(seams):
+    tokens = [
+        r.token
+        for r in stream_generate(
+            seams.model, make_tokenizer(ends=False), PROMPT, max_tokens=9, tree="best:5"
+        )
+    ]
+    assert len(tokens) == 9
+    return tokens
+
+
+def test_nothing_is_compiled_before_kernels_are_there(folder):
+    seams = attached()
+    want = decode(seams)
+    assert folder == []
+    assert not compiles(seams)
+    assert not seams.compiles, "the gate of SwiGLU is a kernel, too"
+
+    mark_of(seams).parent.mkdir(parents=True)
+    remember_kernels(seams)
+    assert not compiles(seams), "this process has its functions"
+    later = attached()
+    assert decode(later) == want
+    assert len(folder) >= 2
+
+
+def test_a_mark_is_of_one_model(folder):
+    seams, other = attached(), attached("mixtral")
+    mark_of(seams).parent.mkdir(parents=True)
+    remember_kernels(seams)
+    assert compiles(attached())
+    assert not compiles(other)
+
+
+def test_whoever_measures_has_it_compiled(folder):
+    seams = attached()
+    decode(seams)
+    before = seams.kept["buckets"]
+    measure_costs(seams, rows=(1, 2), contexts=(6,), repeats=1)
+    assert folder
+    assert seams.kept["buckets"] is not before
+    assert not mark_of(seams).is_file(), "not all that decoding needs"
+    compile_from_now_on(seams)
+    assert seams.compiles
+
+
+def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder):
+    seams = attached()
+    mark_of(seams).parent.mkdir(parents=True)
+    seams.kept["copies"] = learned = object()
+    mx.random.seed(4)
+    state = mx.random.state[0].tolist()
+    warm_up(seams.model, make_tokenizer(ends=False))
+    assert mx.random.state[0].tolist() == state
+    assert seams.kept["copies"] is learned
+    assert mark_of(seams).is_file()
+    kinds = {key[0] for key in seams.kept["buckets"]._made}
+    assert {"pass", "streams"} <= kinds
+    copied = {key[-1] for key in seams.kept["buckets"]._made if key[0] == "pass"}
+    assert copied == {True, False}
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(folder):
+    remember_kernels(attached())  # MLX's folder is not there
+
+
+def test_who_waits_for_a_compiler(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    assert compiling.waits_for_compiler()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not compiling.waits_for_compiler()
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    assert not compiling.waits_for_compiler()
