@@ -264,7 +264,7 @@ def test_old_traces_are_forgotten():
 @pytest.mark.parametrize("length", [1, 31, 64, 65, 500, 513, 4095, 4097, 10_001])
 def test_few_buckets_and_little_waste(length):
     rounded = round_up(length)
-    assert length <= rounded <= max(length + 64, 1.5 * length)
+    assert length <= rounded <= max(length + 127, 1.3 * length)
     assert round_up(rounded) == rounded
     lengths = {round_up(n) for n in range(1, length + 1)}
-    assert len(lengths) <= 9 + length / 256
+    assert len(lengths) <= 6 + length / 256

@@ -17,7 +17,7 @@ MOST = 48  # traces kept
 
 def round_up(length: int) -> int:
     """The number of keys in the bucket of ``length``: few buckets, little waste."""
-    step = 64 if length <= 512 else 256 if length <= 4096 else 1024
+    step = 128 if length <= 1024 else 512 if length <= 8192 else 1024
     return -(-length // step) * step
 
 
