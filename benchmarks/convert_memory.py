@@ -1,6 +1,6 @@
 """Peak memory and time of conversions of a large random checkpoint.
 
-    python benchmarks/convert_memory.py --out benchmarks/results/convert-memory.json
+    python benchmarks/convert_memory.py --out benchmarks/results/convert_memory.json
 
 A llama with the layers of a 7B model, as many as fill ``--gigabytes``, in bfloat16, in shards. Every
 conversion runs in a process of its own; its peak is the largest resident set that the system saw,
@@ -162,7 +162,8 @@ def main():
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    results = {"machine": about_machine(), "arguments": arguments(args), "cases": {}}
+    about = {key: value for key, value in arguments(args).items() if key != "folder"}
+    results = {"machine": about_machine(), "arguments": about, "cases": {}}
     with tempfile.TemporaryDirectory(dir=args.folder) as room:
         room = Path(room)
         for kind in dict.fromkeys(CASES[case][0] for case in args.cases):

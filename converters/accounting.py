@@ -8,7 +8,7 @@ graph. Nothing is computed to find out.
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -120,6 +120,11 @@ def describe(rows: list[Parameter], unused: list[Tensor]) -> list[str]:
     appeared = [row.tensor for row in rows if not row.origins]
     lines = []
     for tensors, say in ((unused, "unused"), (appeared, "made by the class, not from a tensor")):
-        kinds = Counter(str(t._replace(name=re.sub(r"\d+", "*", t.name))) for t in tensors)
-        lines += [f"{say}: {k}" + (f", {n} of them" if n > 1 else "") for k, n in kinds.items()]
+        lines += [f"{say}: {kind}" for kind in in_kinds(tensors)]
     return lines
+
+
+def in_kinds(tensors: Iterable[Tensor]) -> list[str]:
+    """Tensors in few words: those that differ by a number in the name alone are one kind."""
+    kinds = Counter(str(t._replace(name=re.sub(r"\d+", "*", t.name))) for t in tensors)
+    return [kind + (f", {n} of them" if n > 1 else "") for kind, n in kinds.items()]

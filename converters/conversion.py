@@ -1,47 +1,32 @@
 """A checkpoint in, an mlx-lm folder out: open, normalise, load, merge, cast, quantise, save."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from mlx_specstream.errors import BadArgument
 from mlx_specstream.model.support import structural
 
 from .accounting import Account, describe
-from .apart import (
-    convert_adapter,
-    convert_streams,
-    is_adapter,
-    is_converted,
-    open_adapter,
-    streams_file,
-)
-from .dry_run import describe_plan
-from .formats import Checkpoint, open_checkpoint
+from .apart import convert_apart, is_apart, is_converted, open_adapter
+from .dry_run import describe_plan, describe_streams
+from .formats import Checkpoint, locate, open_checkpoint
 from .hf_config import normalise, transformers_view
-from .mlx_adapter import fuse_adapter, is_mlx_adapter
+from .mlx_adapter import fuse_adapter
 from .model_card import model_card, what_was_done
-from .precision import cast, check_arguments, requantize
+from .new_folder import check_free, new_folder, scratch_folder
+from .precision import cast, check_arguments, check_packed, requantize
 from .report import compare, encoded, logits_of
 from .rotary import check_rotary
 from .shards import Progress, save_weights
-from .source import check_remote_code, copy_files
-from .staging import (
-    load_staged,
-    new_folder,
-    scratch_folder,
-    stage_model,
-    tokenizer_of,
-    verify,
-)
+from .source import check_remote_code, copy_files, copy_tokenizer
+from .staging import load_staged, stage_model, verify
 from .torch_streams import write_streams
 
 
 def convert(
-    hf_path: str,
-    mlx_path: str = "mlx_model",
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
     *,
     quantize: bool = False,
     q_group_size: int | None = None,
@@ -50,8 +35,8 @@ def convert(
     quant_predicate: Callable | str | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
-    base: str | None = None,
-    adapter: str | None = None,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
     report: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -61,16 +46,21 @@ def convert(
 ) -> Path | None:
     """Convert a checkpoint into a folder that mlx-lm loads; arguments as mlx-lm's, and a few more.
 
-    hf_path: a folder, a file or a Hub id: a Hugging Face checkpoint, a bare state dict, Meta's
-    files, an adapter of PEFT, streams trained in PyTorch (docs/conversions.md). mlx_path: the new
-    folder, which must not exist yet. quantize with q_bits, q_group_size, q_mode or a recipe name /
-    function in quant_predicate. dtype: of the weights that stay unquantised; default: what the
-    config says. base: a folder or Hub id with what the source lacks (config.json and tokenizer of a
-    bare state dict, the model that streams belong to). adapter: of PEFT or mlx-lm, merged into the
-    weights. report: say in `log` what all this did to the logits of a few prompts. log: takes
-    lines, a note among them for each kind of tensor that was left over. progress: takes bytes
-    written and bytes in all. plan: for a dry run, takes a line for each tensor of the result;
-    nothing is computed or kept.
+    Args:
+        hf_path: a folder, a file or a Hub id: a Hugging Face checkpoint, a bare state dict, Meta's
+            files, an adapter of PEFT, streams trained in PyTorch (docs/conversions.md).
+        mlx_path: the new folder, which must not exist yet.
+        quantize: with q_bits, q_group_size, q_mode, or a recipe's name or a function in
+            quant_predicate.
+        dtype: of the weights that stay unquantised; default: what the config says.
+        base: a folder or Hub id with what the source lacks: config.json and tokenizer of a bare state
+            dict, a tokenizer alone, the model that streams or an adapter belong to.
+        adapter: of PEFT or mlx-lm, merged into the weights.
+        report: say in `log` what all this did to the logits of a few prompts.
+        revision: of hf_path.
+        log: takes lines, a note among them for each kind of tensor that was left over.
+        progress: takes bytes written and bytes in all.
+        plan: for a dry run, takes a line for each tensor of the result; nothing is kept.
 
     Returns: the path of the new folder, or of the source where nothing is to be done (None for a
     dry run). A new folder appears at the end, whole, or not at all.
@@ -79,22 +69,24 @@ def convert(
     check_arguments(quantize, dequantize, dtype, q_mode, quant_predicate)
     log = log or (lambda line: None)
     target = Path(mlx_path).expanduser()
-    if os.path.lexists(target):
-        raise BadArgument(f"{target} already exists; delete it or choose another --mlx-path")
-    given = Path(hf_path).expanduser()
-    if plan is None and (is_adapter(given) or streams_file(given)):
-        return convert_apart(given, target, base, trust_remote_code, log)
-    checkpoint = open_checkpoint(hf_path, base, revision, trust_remote_code)
+    check_free(target)
+    found = locate(hf_path, revision, trust_remote_code)
+    if is_apart(found):
+        changes = {"quantize": quantize, "dequantize": dequantize, "dtype": dtype}
+        changes |= {"adapter": adapter, "report": report}
+        return convert_apart(found, target, base, changes, log, plan)
+    checkpoint = open_checkpoint(found, base, trust_remote_code)
     source, original = checkpoint.folder, checkpoint.config
-    fused = adapter and checkpoint.take_adapter(open_adapter(adapter, original, revision))
+    fused = adapter and checkpoint.take_adapter(open_adapter(adapter, original))
     notes = check_remote_code(original, trust_remote_code)
+    check_packed(original)
     config, more = normalise(original)
     notes += more
     if not (quantize or dequantize or dtype or adapter or plan) and is_converted(
         checkpoint.files, original, config
     ):
-        log(f"note: {source} is in mlx-lm's layout already; nothing to convert, use it as it is")
-        return source
+        log(f"note: {found} is in mlx-lm's layout already; nothing to convert, use it as it is")
+        return found
     account = Account()
     keep = new_folder(target) if plan is None else scratch_folder()
     with keep as folder, scratch_folder() as stage:
@@ -123,43 +115,30 @@ def convert(
         for line in describe(rows, unused):
             log(line)
         if plan is not None:
-            for line in describe_plan(rows, names):
+            for line in (*describe_plan(rows, names), *describe_streams(checkpoint.streams)):
                 plan(line)
             return None
-        card = model_card(target.name, hf_path, source, what_was_done(config, dtype, len(rows)))
+        card = model_card(
+            target.name, str(hf_path), source, what_was_done(config, dtype, len(rows))
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         save(model, config, checkpoint, folder, trust_remote_code, progress)
         del model
-        before = original_logits(stage, source, fused, trust_remote_code) if report else None
+        model, tokenizer = verify(folder, trust_remote_code)
+        if report:
+            prompts = encoded(tokenizer)
+            before = logits_before(stage, fused, trust_remote_code, prompts)
+            log(f"report: {compare(before, logits_of(model, prompts))}")
         for path in folder.glob("staged-*.safetensors"):
             path.unlink()
-        model = verify(folder, trust_remote_code)
-        if report:
-            log(f"report: {compare(before[1], logits_of(model, before[0]))}")
     log(f"wrote {target}")
     return target
 
 
-def convert_apart(given: Path, target: Path, base: str | None, trusted: bool, log) -> Path:
-    """An adapter or streams without their base, each to a folder of its own."""
-    if is_mlx_adapter(given):
-        log(f"note: {given} is an adapter of mlx-lm already; nothing to convert")
-        return given
-    with new_folder(target) as folder:
-        if is_adapter(given):
-            convert_adapter(given, folder, base, log)
-        else:
-            load = lambda path: load_staged(path, trusted)  # noqa: E731
-            convert_streams(streams_file(given), folder, base, load)
-    log(f"wrote {target}")
-    return target
-
-
-def original_logits(stage: Path, source: Path, adapter: Path | None, trusted: bool):
-    """The prompts of the report as tokens, and their logits before anything was cast or quantised."""
-    prompts = encoded(tokenizer_of(source, {}, trusted))
+def logits_before(stage: Path, adapter: Path | None, trusted: bool, prompts: list[list[int]]):
+    """The logits of prompts before anything was cast or quantised."""
     model, _ = load_staged(stage, trusted)
-    return prompts, logits_of(fuse_adapter(model, adapter) if adapter else model, prompts)
+    return logits_of(fuse_adapter(model, adapter) if adapter else model, prompts)
 
 
 def save(
@@ -171,8 +150,10 @@ def save(
     save_weights(folder, model, progress)
     save_config(config, folder / "config.json", keep_vision_config=vision)
     copy_files(checkpoint.folder, folder, trusted)
+    if checkpoint.helper:
+        copy_tokenizer(checkpoint.helper, folder)
     if checkpoint.adapter:  # it may have brought tokens of its own
-        copy_files(checkpoint.adapter.folder, folder, False)
+        copy_tokenizer(checkpoint.adapter.folder, folder)
     for name, text in checkpoint.more.items():
         if not (folder / name).exists():
             (folder / name).write_text(text, encoding="utf-8")

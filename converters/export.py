@@ -13,16 +13,18 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_specstream.errors import BadArgument, UnsupportedModel
+from mlx_specstream.model.architectures import model_classes
 from mlx_specstream.model.checkpoint import DESCRIPTION, find_streams
+from mlx_specstream.model.support import TESTED
 
 from .families import parts_of
 from .folder import check_folder
-from .hf_config import find_classes
+from .new_folder import check_free, new_folder
 from .precision import requantize
 from .safetensors_header import check_safetensors
 from .safetensors_writer import raw, write_safetensors
 from .source import check_remote_code, copy_files, find_source, read_config
-from .staging import load_staged, new_folder
+from .staging import load_staged
 from .torch_streams import FILE, read_streams_folder, write_torch_streams
 
 Weights = dict[str, mx.array]
@@ -49,8 +51,7 @@ def export(
     """
     log = log or (lambda line: None)
     target = Path(out).expanduser()
-    if target.exists() or target.is_symlink():
-        raise BadArgument(f"{target} already exists; delete it or choose another --out")
+    check_free(target)
     source = find_source(path)
     check_folder(source)
     alone = (source / DESCRIPTION).is_file() and not (source / "config.json").is_file()
@@ -76,7 +77,11 @@ def export_model(source: Path, folder: Path, dequantize: bool, log) -> None:
     family = original["model_type"]
     model, config = requantize(model, config, False, dequantize, None, log)
     weights = dict(tree_flatten(model.parameters()))
-    hf = UNDO.get(family, lambda weights: weights)(weights)
+    hf = turned_convolutions(UNDO.get(family, lambda weights: weights)(weights))
+    if family not in TESTED:
+        log(
+            f"note: nobody has held the way back of {family!r} against transformers yet; compare logits"
+        )
     packed = sorted(name for name in hf if name.endswith(".scales"))
     if packed:
         raise BadArgument(
@@ -96,12 +101,12 @@ def export_model(source: Path, folder: Path, dequantize: bool, log) -> None:
     if len(shards) > 1:
         text = json.dumps(index, indent=1) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    text = json.dumps(hf_config(config, hf), indent=1) + "\n"
+    text = json.dumps(transformers_config(config, hf), indent=1) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    copy_files(source, folder, False)
+    copy_files(source, folder)
 
 
-def hf_config(config: dict, hf: Weights) -> dict:
+def transformers_config(config: dict, hf: Weights) -> dict:
     """config.json without what only mlx-lm reads; packed experts say what they are."""
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     if any(name.endswith("_blocks") for name in hf):
@@ -114,7 +119,7 @@ def check_gives_back(model, hf: Weights, config: dict) -> None:
     wanted, again, family = dict(tree_flatten(model.parameters())), dict(hf), config["model_type"]
     again = {part.name: part.of(v) for k, v in again.items() for part in parts_of(k, config)}
     try:
-        model_class, args_class = find_classes(config)
+        model_class, args_class = model_classes(config)
         fresh = model_class(args_class.from_dict(config))  # some change themselves as they load
         again = fresh.sanitize(again) if hasattr(fresh, "sanitize") else again
     except Exception as error:  # whatever a class does with names that it does not expect
@@ -129,6 +134,17 @@ def check_gives_back(model, hf: Weights, config: dict) -> None:
                 f"model_type {family!r} has no way back: its tensors are changed when mlx-lm loads "
                 f"them ({name!r}), and how is not known here"
             )
+
+
+def turned_convolutions(weights: Weights) -> Weights:
+    """Recurrent layers: [channels, taps, 1] of MLX is [channels, 1, taps] of PyTorch.
+
+    `sanitize` takes both, so it would not notice.
+    """
+    return {
+        name: value.moveaxis(1, 2) if name.endswith("conv1d.weight") else value
+        for name, value in weights.items()
+    }
 
 
 def transposed(weights: Weights) -> Weights:

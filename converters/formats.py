@@ -11,19 +11,18 @@ from mlx_specstream.errors import BadArgument, BadCheckpoint
 from mlx_specstream.model.checkpoint import DESCRIPTION
 
 from . import meta
+from .accounting import Tensor, in_kinds
 from .families import Part, parts_of
 from .folder import check_folder
 from .hf_config import transformers_view
 from .nested import clean_names
 from .peft_adapter import PeftAdapter
-from .safetensors_header import check_safetensors, read_header
 from .safetensors_writer import write_safetensors
-from .source import find_source, read_config
-from .torch_pickle import describe_torch, load_torch, read_state
+from .source import find_source, has_tokenizer, read_config
 from .torch_streams import BASE, CONFIG, FILE, TRAINING, TorchStreams, is_stream
+from .weight_file import Contents, is_pickled, is_weights, look_into, read_tensors
 from .weights import find_weights, has_weights
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 STREAMS_PREFIX = "streams."  # a program may keep its streams in a module of this name
 HEAD = "lm_head.weight"
 
@@ -33,13 +32,13 @@ class Shard(NamedTuple):
 
     Args:
         path: the file they come from, for lines.
-        names: as transformers has them.
+        names: as transformers has them -> as the file has them.
         tensors: the tensors, lazy where the file allows it (True: shapes alone, nothing is read);
             None for a safetensors file that holds just these and can be taken as it is.
     """
 
     path: Path
-    names: set[str]
+    names: dict[str, str]
     tensors: Callable[[bool], dict[str, mx.array]] | None = None
 
 
@@ -48,9 +47,10 @@ class Checkpoint:
     """A model in any format that is read.
 
     Args:
-        folder: where the tokenizer, generation settings and licence lie.
+        folder: where the generation settings and the licence lie, and the tokenizer.
         config: as transformers writes it.
         files: the weights.
+        helper: a folder with the tokenizer, where `folder` has none.
         adapter: of PEFT, merged into the weights on the way.
         from_meta: the files have Meta's names and may be parts of each tensor.
         more: text files that the folder lacks, by name.
@@ -61,6 +61,7 @@ class Checkpoint:
     folder: Path
     config: dict
     files: list[Path]
+    helper: Path | None = None
     adapter: PeftAdapter | None = None
     from_meta: bool = False
     more: dict[str, str] = field(default_factory=dict)
@@ -83,29 +84,31 @@ class Checkpoint:
         if self.from_meta:
             yield self._joined(scratch)
             return
-        names = {path: names_in(path) for path in self.files}
-        self._look_beside(names)
-        every = [name for inside in names.values() for name in inside]
+        found = {path: look_into(path) for path in self.files}
+        self._look_beside(found)
+        every = [name for inside in found.values() for name in inside.tensors]
         family = self.config.get("model_type")
         base = clean_names([n for n in every if not own_name(n)], family)
         view = {**(transformers_view(self.config) or self.config), "model_type": family}
-        for path, inside in names.items():
-            new = {}
-            for name in inside:
+        for path, inside in found.items():
+            new, left = {}, []
+            for name, tensor in inside.tensors.items():
                 clean = base.get(name)
                 if clean is None:  # of the streams
                     continue
                 parts = parts_of(clean, view)
                 if not parts or (view.get("tie_word_embeddings") and clean == HEAD):
-                    self.notes.append(f"{path.name}: {name!r} is not needed and was left out")
+                    left.append(tensor)
                 else:
                     new[name] = parts
-            as_it_is = path.suffix == ".safetensors" and new == {n: [Part(n)] for n in inside}
-            if as_it_is and not (self.adapter and any(map(self.adapter.changes, inside))):
-                yield Shard(path, set(inside))
+            self.notes += [f"{path.name}: not needed: {kind}" for kind in in_kinds(left)]
+            names = {part.name: name for name, parts in new.items() for part in parts}
+            whole = {name: [Part(name)] for name in inside.tensors}
+            changed = self.adapter and any(map(self.adapter.changes, whole))
+            if is_pickled(path) or new != whole or changed:
+                yield Shard(path, names, self._reader(path, new))
             else:
-                names_here = {part.name for parts in new.values() for part in parts}
-                yield Shard(path, names_here, self._reader(path, new))
+                yield Shard(path, names)
 
     def _reader(
         self, path: Path, new: dict[str, list[Part]]
@@ -123,134 +126,125 @@ class Checkpoint:
 
         return read
 
-    def _look_beside(self, names: dict[Path, list[str]]) -> None:
+    def _look_beside(self, found: dict[Path, Contents]) -> None:
         """What lies in the files beside the weights: the streams' description, an optimizer."""
-        for path, inside in names.items():
-            values = values_in(path)
-            about = [values.get(key) for key in (CONFIG, BASE, TRAINING)]
-            if about[0] is not None and any(map(own_name, inside)):
+        for path, inside in found.items():
+            if CONFIG in inside.values and any(map(own_name, inside.tensors)):
                 tensors = self.streams.tensors if self.streams else {}
+                about = map(inside.values.get, (CONFIG, BASE, TRAINING))
                 self.streams = TorchStreams(tensors, *about)
-            if path.suffix in PICKLES:
-                left = [
-                    key for key in read_state(path).ignored if key not in (CONFIG, BASE, TRAINING)
-                ]
-                if left:
-                    self.notes.append(f"{path.name}: left out: {', '.join(sorted(left)[:8])}")
+            left = [key for key in inside.ignored if key not in (CONFIG, BASE, TRAINING)]
+            if left:
+                self.notes.append(f"{path.name}: left out: {', '.join(sorted(left)[:8])}")
 
     def _joined(self, scratch: Path) -> Shard:
         """Meta's parts as one shard; pickled ones become files that can be read piece by piece."""
         params = meta.read_params(self.files[0].parent)
-        names = names_in(self.files[0])
+        names = [name for name in look_into(self.files[0]).tensors if name != meta.COMPUTED]
 
         def read(hollow: bool) -> dict[str, mx.array]:
             parts = []
             for number, path in enumerate(self.files):
-                if path.suffix in PICKLES and not hollow:
+                if is_pickled(path) and not hollow:
                     lazy = scratch / f"staged-part-{number:02d}.safetensors"
-                    write_safetensors(lazy, load_torch(path))
-                    parts.append(mx.load(str(lazy)).__getitem__)
-                else:
-                    parts.append(read_tensors(path, hollow).__getitem__)
+                    write_safetensors(lazy, read_tensors(path))
+                    path = lazy
+                parts.append(read_tensors(path, hollow).__getitem__)
             try:
                 return dict(meta.joined(names, parts, params))
             except ValueError as error:  # shapes that cannot be joined or turned
                 raise BadCheckpoint(f"{self.files[0].parent}: {error}") from None
 
-        new = {meta.translate(name)[0] for name in names if name != meta.COMPUTED}
-        return Shard(self.files[0], new, read)
+        return Shard(self.files[0], {meta.translate(name)[0]: name for name in names}, read)
 
 
-def open_checkpoint(
-    path: str,
-    base: str | None = None,
-    revision: str | None = None,
-    code: bool = False,
-) -> Checkpoint:
-    """Find out what a path or hub id is.
+def locate(path: str | Path, revision: str | None = None, code: bool = False) -> Path:
+    """The file or folder that a path or hub id means; a repository is downloaded.
+
+    Args:
+        code: Python files may come along.
+
+    Raises: BadCheckpoint when there is none.
+    """
+    given = Path(path).expanduser()
+    return given if given.is_file() else find_source(str(path), revision, code)
+
+
+def open_checkpoint(path: Path, base: str | None = None, code: bool = False) -> Checkpoint:
+    """Find out what a local file or folder is.
 
     Args:
         base: a folder or hub id with what the source lacks: config.json and the tokenizer of a bare
-            state dict, config.json of a Meta checkpoint.
+            state dict, config.json of a Meta checkpoint, the tokenizer of a folder without one.
         code: Python files may be downloaded, too.
 
     Raises: BadCheckpoint when it is nothing that is read.
     """
-    given = Path(path).expanduser()
-    if given.is_file():
-        return bare(given, base, code)
-    folder = find_source(path, revision, code)
-    check_folder(folder)
-    if (folder / DESCRIPTION).is_file() and not (folder / "config.json").is_file():
+    if path.is_file():
+        return bare(path, base, code)
+    check_folder(path)
+    if (path / DESCRIPTION).is_file() and not (path / "config.json").is_file():
         raise BadCheckpoint(
-            f"{folder} is a streams folder: load it with --streams, or write it for PyTorch with "
+            f"{path} is a streams folder: load it with --streams, or write it for PyTorch with "
             "mlx-specstream export"
         )
-    if meta.is_meta(folder) and not has_weights(folder):
-        return from_meta(folder, base, code)
-    if (folder / "config.json").is_file() and not has_weights(folder):
-        loose = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES and p.is_file()]
+    if meta.is_meta(path) and not has_weights(path):
+        return from_meta(path, base, code)
+    if (path / "config.json").is_file() and not has_weights(path):
+        loose = [p for p in sorted(path.iterdir()) if is_weights(p) and p.is_file()]
         if len(loose) == 1:
-            return bare(loose[0], base or str(folder), code)
-    config = read_config(folder)
-    files = find_weights(folder)
-    if (folder / FILE).is_file():
-        files.append(folder / FILE)
-    return Checkpoint(folder, config, files)
+            return bare(loose[0], base or str(path), code)
+    checkpoint = Checkpoint(path, read_config(path), find_weights(path))
+    if (path / FILE).is_file():
+        checkpoint.files.append(path / FILE)
+    if base is not None and has_tokenizer(path):
+        checkpoint.notes.append(f"{path} lacks nothing, so --base was not used")
+    elif base is not None:
+        checkpoint.helper = about(base, code)
+    return checkpoint
+
+
+def about(base: str, code: bool) -> Path:
+    """The folder of a base, its files looked at."""
+    folder = find_source(base, None, code)
+    check_folder(folder)
+    return folder
 
 
 def bare(path: Path, base: str | None, code: bool) -> Checkpoint:
     """A state dict in one file, possibly with an optimizer around it."""
-    if path.suffix not in (*PICKLES, ".safetensors"):
+    if not is_weights(path):
         raise BadCheckpoint(
-            f"{path} is not a folder, and no state dict either (.safetensors, {', '.join(PICKLES)})"
+            f"{path} is not a folder, and no state dict either (.safetensors, .bin, .pt, .pth, .ckpt)"
         )
     if base is None and not (path.parent / "config.json").is_file():
         raise BadArgument(
             f"{path} is a bare state dict: give the folder with its config.json and tokenizer with "
             "--base"
         )
-    folder = path.parent if base is None else find_source(base, None, code)
-    check_folder(folder)
+    folder = about(base or str(path.parent), code)
     return Checkpoint(folder, read_config(folder), [path])
 
 
 def from_meta(folder: Path, base: str | None, code: bool) -> Checkpoint:
     files, params = meta.meta_files(folder), meta.read_params(folder)
-    parts = [{n: t.shape for n, t in read_tensors(path, True).items()} for path in files]
-    if not all(part.keys() == parts[0].keys() for part in parts):
-        raise BadCheckpoint(f"{folder}: the parts do not hold the same tensors")
-    shapes = meta.joined_shapes(parts, params["dim"])
-    about = folder if base is None else find_source(base, None, code)
-    check_folder(about)
-    config = meta.config_of(folder, shapes) if base is None else read_config(about)
-    kind = {mx.float32: "float32", mx.float16: "float16"}
-    first = next(iter(read_tensors(files[0], True).values()))
-    config.setdefault("torch_dtype", kind.get(first.dtype, "bfloat16"))
-    more = {} if base else {"tokenizer_config.json": meta.SENTENCEPIECE}
-    return Checkpoint(about, config, files, from_meta=True, more=more)
+    parts = [look_into(path).tensors for path in files]
+    shapes = meta.joined_shapes([{n: t.shape for n, t in p.items()} for p in parts], params["dim"])
+    if base is not None:
+        known = about(base, code)
+        return Checkpoint(known, read_config(known), files, from_meta=True)
+    config = meta.config_of(folder, shapes)
+    config["torch_dtype"] = kind_of(parts[0])
+    more = {"tokenizer_config.json": meta.SENTENCEPIECE}
+    return Checkpoint(folder, config, files, from_meta=True, more=more)
+
+
+def kind_of(tensors: dict[str, Tensor]) -> str:
+    """The dtype of a checkpoint whose config does not say it."""
+    return next((t.dtype for t in tensors.values() if t.dtype.endswith(("16", "32"))), "bfloat16")
 
 
 def own_name(name: str) -> str | None:
     """The name of a stream tensor without the modules around it; None for any other tensor."""
     name = name.removeprefix("module.").removeprefix(STREAMS_PREFIX)
     return name if is_stream(name) else None
-
-
-def names_in(path: Path) -> list[str]:
-    if path.suffix in PICKLES:
-        return list(read_state(path).tensors)
-    return sorted(check_safetensors(path))
-
-
-def values_in(path: Path) -> dict:
-    """What a file says beside its tensors."""
-    return read_state(path).values if path.suffix in PICKLES else read_header(path).metadata
-
-
-def read_tensors(path: Path, hollow: bool) -> dict[str, mx.array]:
-    """The tensors of a file; hollow ones have shape and dtype alone."""
-    if path.suffix in PICKLES:
-        return describe_torch(path) if hollow else load_torch(path)
-    check_safetensors(path)
-    return mx.load(str(path))  # lazy anyway

@@ -6,10 +6,8 @@ also have defaults, and they differ (mlx-lm ties the embeddings of a Llama witho
 transformers does not), so the transformers view of a config decides what a missing key means.
 """
 
-import contextlib
 import copy
 import inspect
-import re
 
 from mlx_specstream.errors import BadCheckpoint, SpecStreamError, UnsupportedModel
 from mlx_specstream.model.architectures import model_classes
@@ -35,22 +33,6 @@ DEVIATIONS = {
     "gemma": "mlx-lm computes GELU exactly where transformers uses the tanh approximation",
     "gpt_neox": "mlx-lm approximates GELU where transformers computes it exactly",
 }
-
-
-def find_classes(config: dict) -> tuple[type, type]:
-    """(Model, ModelArgs) for a config. Raises: UnsupportedModel with the model type."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", model_type):
-        raise UnsupportedModel(f"config.json must name a 'model_type' but has {model_type!r}")
-    try:
-        # Some modules of mlx-lm print and exit when an extra package is absent.
-        with contextlib.redirect_stdout(None):
-            return model_classes(config)
-    except (ValueError, AttributeError, TypeError, ImportError, SystemExit):
-        raise UnsupportedModel(
-            f"mlx-lm has no usable architecture for model_type {model_type!r}; "
-            "convert a model of another family or update mlx-lm"
-        ) from None
 
 
 def transformers_view(config: dict) -> dict | None:
@@ -90,7 +72,7 @@ def normalise(config: dict) -> tuple[dict, list[str]]:
     family = config.get("model_type")
     if isinstance(family, str):
         config["model_type"] = SAME_FAMILY.get(family, family)
-    args_class = find_classes(config)[1]
+    args_class = model_classes(config)[1]
     text = config.get("text_config")
     try:
         if isinstance(text, dict):  # a multimodal wrapper around a text model
@@ -126,7 +108,7 @@ def rewrite(config: dict, args_class: type, notes: list) -> None:
 
 def has_class(config: dict) -> bool:
     try:
-        find_classes(config)
+        model_classes(config)
     except UnsupportedModel:
         return False
     return True

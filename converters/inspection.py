@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from mlx_specstream.model.checkpoint import (
     read_description,
 )
 
+from .accounting import Tensor
+from .apart import is_adapter
 from .folder import check_folder
-from .formats import PICKLES, Checkpoint, open_checkpoint, own_name
-from .hf_config import normalise
+from .formats import Checkpoint, open_checkpoint, own_name
+from .mlx_adapter import WEIGHTS as MLX_ADAPTER
+from .new_folder import scratch_folder
+from .peft_adapter import WEIGHTS as PEFT_ADAPTER
 from .safetensors_header import read_header
-from .safetensors_writer import DTYPES
 from .source import check_remote_code
-from .staging import load_staged, scratch_folder, stage_model
-from .torch_pickle import read_state
+from .staging import staged_model
+from .torch_streams import FILE
+from .weight_file import look_into
 from .weights import read_json
 
-# One set of names for types, whatever the format calls them.
-NAMES = {code: str(kind).removeprefix("mlx.core.") for kind, code in DTYPES.items()}
 SIZE_KEYS = ("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -58,12 +61,15 @@ def inspect(path: Path) -> Report:
         report.attempt(tell_file, path)
     elif not path.is_dir():
         raise BadCheckpoint(f"{path} does not exist; give a file or a folder")
+    elif is_adapter(path):
+        report.attempt(lambda _: check_folder(path))
+        report.attempt(tell_adapter, path)
     elif any((path / name).exists() for name in ("config.json", "params.json")):
         report["kind"] = "model folder"
         report.attempt(tell_model, path)
-    elif (path / "adapter_config.json").exists():
+    elif (path / FILE).exists():
         report.attempt(lambda _: check_folder(path))
-        report.attempt(tell_adapter, path)
+        report.attempt(tell_file, path / FILE)
     elif (path / DESCRIPTION).exists():
         report.attempt(lambda _: check_folder(path))
         report.attempt(tell_streams, path, None)
@@ -77,45 +83,31 @@ def inspect(path: Path) -> Report:
 
 
 def tell_file(report: Report, path: Path) -> None:
-    kind, tensors, more = look_into(path)
-    report["kind"] = f"{kind} file"
+    inside = look_into(path)
+    streams = all(map(own_name, inside.tensors)) and inside.tensors
+    report["kind"] = f"{inside.kind} file" + (" of streams, for PyTorch" if streams else "")
     report["size"] = megabytes(path.stat().st_size)
-    report |= more
-    tell_tensors(report, tensors)
+    if inside.kind == "safetensors" and inside.values:
+        report["metadata"] = ", ".join(f"{k}={v}" for k, v in inside.values.items())[:200]
+    if inside.ignored:
+        report["beside the tensors"] = ", ".join(inside.ignored)[:200]
+    if inside.unused:
+        report["bytes of no tensor"] = str(inside.unused)
+    tell_tensors(report, inside.tensors.values())
 
 
-def look_into(path: Path) -> tuple[str, dict[str, tuple[str, tuple]], dict[str, str]]:
-    """(format, name -> (dtype, shape), what else there is) of a file of weights."""
-    with open(path, "rb") as stream:
-        begin = stream.read(9)
-    more = {}
-    if path.suffix == ".safetensors" or begin[8:9] == b"{":
-        header = read_header(path)
-        if header.metadata:
-            more["metadata"] = ", ".join(f"{k}={v}" for k, v in header.metadata.items())[:200]
-        if header.unused:
-            more["bytes of no tensor"] = str(header.unused)
-        return "safetensors", {n: (t.dtype, t.shape) for n, t in header.tensors.items()}, more
-    if path.suffix in PICKLES or begin[:4] == b"PK\x03\x04":
-        state = read_state(path)
-        if state.ignored:
-            more["beside the tensors"] = ", ".join(state.ignored)[:200]
-        return "pickled", {n: (t.storage.dtype, t.shape) for n, t in state.tensors.items()}, more
-    raise BadCheckpoint(f"{path}: neither safetensors nor a PyTorch file")
-
-
-def tell_tensors(report: Report, tensors: dict[str, tuple[str, tuple]]) -> None:
+def tell_tensors(report: Report, tensors: Collection[Tensor]) -> None:
     numbers = Counter()
-    for dtype, shape in tensors.values():
-        numbers[NAMES.get(dtype, dtype)] += math.prod(shape)
+    for tensor in tensors:
+        numbers[tensor.dtype] += math.prod(tensor.shape)
     report["tensors"] = str(len(tensors))
     report["numbers"] = ", ".join(f"{count:,} {dtype}" for dtype, count in numbers.items())
-    if streams := sum(own_name(name) is not None for name in tensors):
+    if streams := sum(own_name(tensor.name) is not None for tensor in tensors):
         report["stream tensors"] = str(streams)
 
 
 def tell_model(report: Report, folder: Path) -> None:
-    checkpoint = open_checkpoint(str(folder))
+    checkpoint = open_checkpoint(folder)
     original, files = checkpoint.config, checkpoint.files
     report["architecture"] = str(original.get("model_type"))
     text = original.get("text_config")
@@ -132,12 +124,10 @@ def tell_model(report: Report, folder: Path) -> None:
     for note in check_remote_code(original, False):
         report["note"] = note
     found = [look_into(path) for path in files]
-    kinds = " and ".join(sorted({kind for kind, *_ in found}))
+    kinds = " and ".join(sorted({inside.kind for inside in found}))
     size = megabytes(sum(path.stat().st_size for path in files))
     report["weights"] = f"{len(files)} files, {kinds}, {size}"
-    tell_tensors(
-        report, {name: about for _, tensors, _ in found for name, about in tensors.items()}
-    )
+    tell_tensors(report, [tensor for inside in found for tensor in inside.tensors.values()])
     base = None
     if kinds == "safetensors":
         base = base_of(checkpoint)
@@ -150,10 +140,7 @@ def tell_model(report: Report, folder: Path) -> None:
 
 def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fingerprint of a model; only the few tensors that it samples are read."""
-    config, _ = normalise(checkpoint.config)
-    with scratch_folder() as stage, scratch_folder() as room:
-        stage_model(checkpoint, config, stage, room, False, lambda line: None)
-        model, _ = load_staged(stage, False)
+    with scratch_folder() as room, staged_model(checkpoint, room) as model:
         return fingerprint(model)
 
 
@@ -184,8 +171,9 @@ def tell_streams(report: Report, folder: Path, base: dict[str, Any] | None) -> N
 def tell_adapter(report: Report, folder: Path) -> None:
     config = read_json(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path") or config.get("model")
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
-        tell_file(report, path)
+    for path in (folder / name for name in (*PEFT_ADAPTER, MLX_ADAPTER)):
+        if path.is_file():
+            tell_file(report, path)
     report["kind"] = f"{'PEFT' if 'peft_type' in config else 'mlx-lm'} adapter folder"
     report["base"] = str(base)[:200]
     for key in ("r", "lora_alpha", "use_rslora", "use_dora", "fine_tune_type", "num_layers"):

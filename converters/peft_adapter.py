@@ -8,16 +8,18 @@ Merged in float32 and rounded once, whatever the base's precision.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import factorial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_specstream.errors import BadCheckpoint, UnsupportedModel
 
 from .families import PREFIX as FAMILY_PREFIX
-from .safetensors_header import check_safetensors
-from .torch_pickle import load_torch
+from .weight_file import read_tensors
 from .weights import read_json
 
 CONFIG = "adapter_config.json"
@@ -37,8 +39,11 @@ PART = re.compile(
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<leaf>\.weight|\.bias)?"
 )
-# A few of these are what names need; many, or a repeated group, can take exponential time.
-ENDLESS, REPEATED = re.compile(r"[*+?|]"), re.compile(r"\)[*+?{]")
+# What makes a pattern slow: a repeated group can take exponential time, each repetition multiplies.
+REPEATED, REPETITION = re.compile(r"\)[*+?{]"), re.compile(r"[*+?{]")
+MOST_STEPS = 100_000_000  # of matching patterns with names: a second or two
+# Ways to begin a training that change the base itself: these adapters belong to what was left of it.
+NEW_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KINDS = {"lora_A": "a", "lora_embedding_A": "a", "lora_B": "b", "lora_embedding_B": "b"}
 
 
@@ -50,7 +55,7 @@ class Update:
         a, b: [r, d_in] and [d_out, r]; for an embedding d_in counts tokens.
         bias: of B, [d_out], or None.
         magnitude: DoRA's m, or None.
-        embedding: the weight is [tokens, width], the transpose of what b a would be.
+        embedding: of tokens; its weight is [tokens, width], the transpose of b a.
     """
 
     a: mx.array | None = None
@@ -71,26 +76,19 @@ class Update:
             return "is incomplete"
         if a.ndim != 2 or b.ndim != 2 or 0 in (a.size, b.size) or a.shape[0] != b.shape[1]:
             return f"has two ranks or none: {list(a.shape)} and {list(b.shape)}"
-        rows = a.shape[1] if self.embedding else b.shape[0]
         for name, vector in (("magnitude", self.magnitude), ("bias", self.bias)):
-            if vector is not None and vector.size != rows:
-                return f"has a {name} of {vector.size} for {rows} rows"
+            if vector is not None and vector.size != b.shape[0]:
+                return f"has a {name} of {vector.size} for {b.shape[0]} outputs"
         return None
 
-    def delta(self) -> mx.array:
-        """s B A in float32, as the weight lies."""
-        a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
-        change = (b @ a) * self.scale
-        return change.T if self.embedding else change
-
-    def merged(self, weight: mx.array, transposed: bool) -> mx.array:
-        """The weight with the update in it; `transposed` weights are [d_in, d_out] (gpt2)."""
-        wide = weight.astype(mx.float32)
-        wide = (wide.T if transposed else wide) + self.delta()
+    def merged(self, weight: mx.array, turned: bool) -> mx.array:
+        """The weight with the update in it; `turned` weights are [d_in, d_out]."""
+        wide, a, b = (value.astype(mx.float32) for value in (weight, self.a, self.b))
+        wide = (wide.T if turned else wide) + (b @ a) * self.scale  # [d_out, d_in]
         if self.magnitude is not None:
             norm = mx.sqrt((wide * wide).sum(axis=1, keepdims=True))
             wide = wide * (self.magnitude.astype(mx.float32).reshape(-1, 1) / norm)
-        return (wide.T if transposed else wide).astype(weight.dtype)
+        return (wide.T if turned else wide).astype(weight.dtype)
 
 
 @dataclass
@@ -121,16 +119,16 @@ class PeftAdapter:
                 f"{self.folder}: the base's {name!r} is quantised ({value.dtype}); convert it with "
                 "--dequantize first, then merge"
             )
-        transposed = bool(self.settings.get("fan_in_fan_out")) and not update.embedding
-        have = value.shape[::-1] if transposed else value.shape
+        # The linear layers of gpt2 lie on their side, and so does every embedding.
+        turned = update.embedding or bool(self.settings.get("fan_in_fan_out"))
         want = (update.b.shape[0], update.a.shape[1])
-        want = want[::-1] if update.embedding else want
-        if tuple(have) != want:
+        want = want[::-1] if turned else want
+        if tuple(value.shape) != want:
             raise BadCheckpoint(
                 f"{self.folder}: the adapter is for a {module!r} of {list(want)}, but the base's is "
-                f"{list(have)}; it belongs to another base"
+                f"{list(value.shape)}; it belongs to another base"
             )
-        return update.merged(value, transposed)
+        return update.merged(value, turned)
 
     def changes(self, name: str) -> bool:
         return name in self.replaced or name.rpartition(".")[0] in self.updates
@@ -165,15 +163,22 @@ def read_peft(folder: Path, family: str | None) -> PeftAdapter:
             f"{folder}: 'peft_type' must be LORA but is {settings.get('peft_type')!r}; merge it with "
             "PEFT's merge_and_unload() first"
         )
+    begin = str(settings.get("init_lora_weights")).lower()
+    if begin.startswith(NEW_BASE):
+        raise UnsupportedModel(
+            f"{folder}: 'init_lora_weights' is {begin[:20]!r}, which changed the base before training; "
+            "merge it with PEFT's merge_and_unload(), or save it with "
+            "path_initial_model_for_weight_conversion"
+        )
     for key in UNHANDLED:
         if settings.get(key):
             raise UnsupportedModel(
                 f"{folder}: {key!r} is {str(settings[key])[:60]!r}, which is not handled; merge it "
                 "with PEFT's merge_and_unload() first"
             )
-    updates, replaced = {}, {}
-    for name, value in read_tensors(folder).items():
-        clean = name.removeprefix(PREFIX).removeprefix(FAMILY_PREFIX.get(family) or "\0")
+    updates, replaced, inner = {}, {}, FAMILY_PREFIX.get(family, "")
+    for name, value in weights_of(folder).items():
+        clean = name.removeprefix(PREFIX).removeprefix(inner)
         found = PART.fullmatch(clean)
         if found is None:
             replaced[clean.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = value
@@ -184,47 +189,52 @@ def read_peft(folder: Path, family: str | None) -> PeftAdapter:
             kind = "bias"
         update.embedding |= "embedding" in found["part"]
         setattr(update, kind, value)
+    alphas = alpha_patterns(settings, updates)
     for module, update in updates.items():
         if why := update.fault():
             raise BadCheckpoint(f"{folder}: the LoRA of {module!r} {why}")
-        update.scale = scale_of(settings, module, update.rank)
+        # PEFT's patterns are for the names that it saw, with the prefix of the family.
+        update.scale = scale_of(settings, alphas, inner + module, update.rank)
     if not updates and not replaced:
         raise BadCheckpoint(f"{folder}: the adapter holds no tensors")
     return PeftAdapter(folder, settings, updates, replaced)
 
 
-def read_tensors(folder: Path) -> dict[str, mx.array]:
-    for name in WEIGHTS:
-        path = folder / name
+def weights_of(folder: Path) -> dict[str, mx.array]:
+    for path in (folder / name for name in WEIGHTS):
         if path.is_file():
-            if path.suffix == ".bin":
-                return load_torch(path)
-            check_safetensors(path)
-            return mx.load(str(path))
+            return read_tensors(path)
     raise BadCheckpoint(f"{folder}: the adapter has no {' or '.join(WEIGHTS)}")
 
 
-def scale_of(settings: dict, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r); a module may have an alpha of its own."""
-    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+def alpha_patterns(settings: dict, modules: Collection[str]) -> dict[re.Pattern, Any]:
+    """Patterns of names whose modules have an alpha of their own, as PEFT matches them.
+
+    Raises: BadCheckpoint for one that is broken, or would take for ever.
+    """
+    patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise BadCheckpoint(f"{CONFIG}: 'alpha_pattern' must map names to numbers")
-    for key, value in patterns.items():
-        if matches(key, module):
-            alpha = value
-            break
+    found, steps = {}, 0
+    for key, alpha in patterns.items():
+        power = len(REPETITION.findall(key)) + 2
+        steps += 1000 * (10 + len(key))  # to understand it
+        steps += sum(len(name) ** power // factorial(power) for name in modules)
+        if REPEATED.search(key) or steps > MOST_STEPS:
+            raise BadCheckpoint(f"{CONFIG}: 'alpha_pattern' has keys that could match for ever")
+        try:
+            found[re.compile(rf"(.*\.)?({key})$")] = alpha
+        except re.error as error:
+            raise BadCheckpoint(
+                f"{CONFIG}: 'alpha_pattern' has a broken key {key!r} ({error})"
+            ) from None
+    return found
+
+
+def scale_of(settings: dict, alphas: dict[re.Pattern, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r); the first pattern that names the module gives its alpha."""
+    own = (alpha for pattern, alpha in alphas.items() if pattern.match(module))
+    alpha = next(own, settings.get("lora_alpha"))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise BadCheckpoint(f"{CONFIG}: 'lora_alpha' must be a number but is {alpha!r}")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-def matches(key: str, module: str) -> bool:
-    """Whether a pattern of PEFT names a module: its whole name, or the end of it behind a dot."""
-    if len(ENDLESS.findall(key)) > 3 or REPEATED.search(key):
-        raise BadCheckpoint(f"{CONFIG}: 'alpha_pattern' has a key that could match for ever")
-    try:
-        return re.match(rf"(.*\.)?({key})$", module) is not None
-    except re.error as error:
-        raise BadCheckpoint(
-            f"{CONFIG}: 'alpha_pattern' has a broken key {key!r} ({error})"
-        ) from None

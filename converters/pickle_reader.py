@@ -67,6 +67,7 @@ class Interpreter:
 
     def __init__(self, allowed, persistent):
         self.allowed, self.persistent = allowed, persistent
+        self.functions = {id(value) for value in allowed.values() if callable(value)}
         self.stack, self.marks, self.memo = [], [], {}
         self.work = 0  # steps, and elements that calls were given
 
@@ -174,14 +175,13 @@ class Interpreter:
         if (module, name) not in self.allowed:
             raise BadCheckpoint(
                 f"the pickle asks for {module[:60]}.{name[:60]}, which is not part of a plain "
-                "checkpoint; it was not run. Use a checkpoint in safetensors"
+                "checkpoint; it was not run. Save the model's state_dict alone, or safetensors"
             )
         self.stack.append(self.allowed[module, name])
 
     def call(self, _):
         arguments, function = self.stack.pop(), self.stack.pop()
-        known = any(function is value for value in self.allowed.values())
-        if not (known and callable(function) and isinstance(arguments, tuple)):
+        if id(function) not in self.functions or not isinstance(arguments, tuple):
             raise TypeError("calls what is no function")
         self.spend(sum(len(a) for a in arguments if isinstance(a, (tuple, list, dict))))
         self.stack.append(function(*arguments))
@@ -219,6 +219,7 @@ ACTIONS = {
     "INST": Interpreter.make,
     "STACK_GLOBAL": Interpreter.stack_name,
     "REDUCE": Interpreter.call,
+    "NEWOBJ": Interpreter.call,  # an object of a class: what stands for a class is called
     "BUILD": Interpreter.build,
     "BINPERSID": Interpreter.persistent_id,
 }

@@ -6,13 +6,14 @@ import io
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from mlx_specstream.errors import BadArgument
+from mlx_specstream.errors import BadArgument, UnsupportedModel
 
 from .staging import one_line
 from .weights import some
 
 DTYPES = ("float16", "bfloat16", "float32")
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+PACKED = ("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 RECIPE_GROUP = 64  # weights per scale; the default of mlx-lm's recipes
 
 
@@ -35,18 +36,36 @@ def check_arguments(quantize, dequantize, dtype, q_mode, quant_predicate) -> Non
             raise BadArgument(f"a quantisation recipe needs q_mode 'affine' but got {q_mode!r}")
 
 
+def check_packed(config: dict) -> None:
+    """Raise UnsupportedModel for weights packed in a way that mlx-lm's loader does not know."""
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is not None and method not in PACKED:
+        raise UnsupportedModel(
+            f"config.json says that the weights are packed by {str(method)[:60]!r}, which mlx-lm does "
+            "not read; save the model unpacked (model.dequantize() in transformers) and convert that"
+        )
+
+
 def cast(model, dtype: str | None, log) -> None:
     """Cast the floating-point parameters, except those that the model wants to keep."""
     if dtype not in DTYPES:
         return
-    log(f"dtype {dtype}")
-    wanted = getattr(model, "cast_predicate", lambda name: True)
+    wanted, new, old = (
+        getattr(model, "cast_predicate", lambda name: True),
+        getattr(mx, dtype),
+        set(),
+    )
 
     def to_dtype(name, value):
-        change = wanted(name) and mx.issubdtype(value.dtype, mx.floating)
-        return value.astype(getattr(mx, dtype)) if change else value
+        if not (wanted(name) and mx.issubdtype(value.dtype, mx.floating)):
+            return value
+        old.add(str(value.dtype).removeprefix("mlx.core."))
+        return value.astype(new)
 
     model.update(tree_map_with_path(to_dtype, model.parameters()))
+    before = ", ".join(sorted(old - {dtype}))
+    log(f"dtype {dtype}" + (f" (the checkpoint has {before})" if before else ""))
 
 
 def requantize(model, config: dict, quantize: bool, dequantize: bool, quantization, log):

@@ -11,24 +11,27 @@ from .plausible import check_plausible
 from .weights import read_json
 
 CONFIG_FILES = ("config.json", "generation_config.json", "hf_quant_config.json")
-TOKENIZER_FILES = (
+VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer.model.v*",  # Mistral's SentencePiece files
     "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tiktoken.model",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "vocab.json",
-    "vocab.txt",
     "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-    "tiktoken.model",
 )
 OTHER_FILES = (
     "generation_config.json",
@@ -45,6 +48,7 @@ WEIGHT_FILES = (
     ("consolidated*.pth", "params.json"),
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "adapters.safetensors")
+BARE_FILES = ("*.pt", "*.pth", "*.ckpt")  # of research
 
 
 def find_source(hf_path: str, revision: str | None = None, code: bool = False) -> Path:
@@ -62,7 +66,7 @@ def download(repo: str, revision: str | None, code: bool) -> str:
     try:
         names = list_repo_files(repo, revision=revision)
         kinds = [kind for kind in WEIGHT_FILES if any(fnmatch(name, kind[0]) for name in names)]
-        wanted += kinds[0] if kinds else ADAPTER_FILES
+        wanted += kinds[0] if kinds else (*ADAPTER_FILES, *BARE_FILES)
         return snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except Exception as online:
         try:  # offline, or the Hub is down: an earlier download will do
@@ -71,14 +75,14 @@ def download(repo: str, revision: str | None, code: bool) -> str:
             raise online from None
 
 
-def find_adapter(path: str, revision: str | None = None) -> Path:
+def find_adapter(path: str) -> Path:
     """The folder of an adapter, local or from the Hub. Raises: as `find_source`."""
 
     def bring(repo: str) -> str:
         from huggingface_hub import snapshot_download
 
         wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, *OTHER_FILES]
-        return snapshot_download(repo, revision=revision, allow_patterns=wanted)
+        return snapshot_download(repo, allow_patterns=wanted)
 
     return resolve(path, bring)
 
@@ -137,9 +141,23 @@ def is_stock(entry: str, model_type) -> bool:
     return isinstance(model_type, str) and own == NAMES.get(model_type, own)
 
 
-def copy_files(folder: Path, target: Path, code: bool) -> None:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary, in any of its forms."""
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES)
+
+
+def copy_files(folder: Path, target: Path, code: bool = False) -> None:
     """Copy the tokenizer, generation settings and licence byte for byte, and nothing else."""
-    for pattern in (*TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ())):
+    copy_matching(folder, target, (*OTHER_FILES, *(CODE_FILES if code else ())))
+    copy_tokenizer(folder, target)
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    copy_matching(folder, target, TOKENIZER_FILES)
+
+
+def copy_matching(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
                 copy = target / path.relative_to(folder)

@@ -1,84 +1,50 @@
-"""The workbench of a conversion: a new folder that appears whole, and what mlx-lm's loader is given."""
+"""What mlx-lm's loader is given: a normalised config beside safetensors that nothing is wrong with."""
 
 import contextlib
-import errno
 import io
 import json
-import os
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from mlx_specstream.errors import BadArgument, BadCheckpoint, SpecStreamError
+from mlx_specstream.errors import BadCheckpoint, SpecStreamError
 from mlx_specstream.model.architectures import model_classes
 
 from .accounting import Account
+from .formats import Checkpoint
+from .hf_config import normalise
+from .new_folder import scratch_folder
 from .plausible import check_layers
 from .safetensors_header import check_safetensors
 from .safetensors_writer import write_hollow, write_safetensors
-from .source import CONFIG_FILES
+from .source import CONFIG_FILES, check_remote_code
 from .weights import check_unique
 
 
-@contextlib.contextmanager
-def new_folder(target: Path):
-    """A temporary sibling of `target` that becomes `target` at the end, or vanishes.
-
-    Raises: SpecStreamError for a full disk or a folder that cannot be written; whatever happens,
-    an interrupt included, no partial folder stays behind.
-    """
-    made, parent = [], target.absolute().parent
-    folder = None
-    try:
-        for missing in reversed([p for p in (parent, *parent.parents) if not p.exists()]):
-            missing.mkdir()
-            made.append(missing)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-        yield folder
-        os.umask(mask := os.umask(0))
-        folder.chmod(0o777 & ~mask)  # mkdtemp makes private folders
-        if os.path.lexists(target):  # made by someone else in the meantime
-            raise BadArgument(f"{target} already exists; delete it or choose another --mlx-path")
-        folder.rename(target)
-    except BaseException as error:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for empty in reversed(made):
-            with contextlib.suppress(OSError):
-                empty.rmdir()
-        if isinstance(error, OSError):
-            raise disk_error(target, error) from None
-        raise
-
-
-@contextlib.contextmanager
-def scratch_folder():
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-def disk_error(target: Path, error: OSError) -> SpecStreamError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BadCheckpoint(f"cannot write {target}: the disk is full; free some space")
-    return BadCheckpoint(f"cannot convert to {target}: {error}")
-
-
-def stage_model(checkpoint, config, stage, folder, trusted, log, hollow=False):
+def stage_model(
+    checkpoint: Checkpoint,
+    config: dict,
+    stage: Path,
+    room: Path,
+    trusted: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    hollow: bool = False,
+) -> dict[Path, dict[str, str]]:
     """Lay out in `stage` what mlx-lm's loader expects: normalised config, safetensors only.
 
     Safetensors are linked where nothing in them changes. Everything else becomes a safetensors file
-    in `folder`, one at a time, so that memory holds one shard and MLX reads the rest lazily; a
-    hollow one for a dry run.
+    in `room`, one at a time, so that memory holds one shard and MLX reads the rest lazily; a hollow
+    one for a dry run.
 
-    Returns: the names of the tensors of each file.
+    Returns: for each file the names of its tensors, as transformers has them -> as the file has them.
     """
     names, source = {}, checkpoint.folder
-    for number, shard in enumerate(checkpoint.shards(folder)):
+    for number, shard in enumerate(checkpoint.shards(room)):
         linked, names[shard.path] = shard.path, shard.names
         if shard.tensors is not None:
             log(f"reading {shard.path.name}")
             tensors = shard.tensors(hollow)
-            linked = folder / f"staged-{number:05d}.safetensors"
+            linked = room / f"staged-{number:05d}.safetensors"
             (write_hollow if hollow else write_safetensors)(linked, tensors)
             del tensors
         (stage / f"model-{number:05d}.safetensors").symlink_to(linked.resolve())
@@ -93,6 +59,16 @@ def stage_model(checkpoint, config, stage, folder, trusted, log, hollow=False):
         shutil.copyfile(source / config["model_file"], stage / config["model_file"])
     (stage / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return names
+
+
+@contextlib.contextmanager
+def staged_model(checkpoint: Checkpoint, room: Path):
+    """mlx-lm's model of a checkpoint as it is; its weights are lazy and gone with the context."""
+    check_remote_code(checkpoint.config, False)
+    config, _ = normalise(checkpoint.config)
+    with scratch_folder() as stage:
+        stage_model(checkpoint, config, stage, room)
+        yield load_staged(stage, False)[0]
 
 
 def load_staged(stage: Path, trusted: bool, account: Account | None = None):
@@ -127,13 +103,12 @@ def one_line(error: Exception, names: int = 3) -> str:
 def verify(folder: Path, trusted: bool):
     """Load the result as mlx-lm would: shapes, names and the tokenizer; weights stay on disk.
 
-    Returns: the model.
+    Returns: the model and its tokenizer.
     """
     for path in folder.glob("model*.safetensors"):
         check_safetensors(path)  # a full disk may have cut it short
     model, config = load_staged(folder, trusted)
-    tokenizer_of(folder, config, trusted)
-    return model
+    return model, tokenizer_of(folder, config, trusted)
 
 
 def tokenizer_of(folder: Path, config: dict, trusted: bool):
@@ -148,5 +123,6 @@ def tokenizer_of(folder: Path, config: dict, trusted: bool):
     except Exception as error:  # tokenizers fail in many ways, a missing one included
         raise BadCheckpoint(
             "the tokenizer is missing or does not load (tokenizer.json or tokenizer.model is "
-            f"needed beside the weights): {one_line(error)[:200]}"
+            "needed beside the weights, or a folder that has one with --base): "
+            f"{one_line(error)[:200]}"
         ) from None

@@ -3,7 +3,7 @@
 Two layouts exist. Since PyTorch 1.6 a file is a zip archive: `NAME/data.pkl` describes the tensors
 and `NAME/data/KEY` holds the raw bytes of each storage. Before that it is a row of pickles with the
 storages behind them. In both a tensor is (storage, offset, shape, stride) and the bytes are plain
-little-endian numbers, so reading needs a pickle interpreter that knows about ten names.
+little-endian numbers, so reading needs a pickle interpreter that knows few names.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_specstream.errors import BadCheckpoint
 
+from .inert import STAND_INS
 from .nested import State, find_state
 from .pickle_reader import MAX_BYTES, plain_key, read_pickle
 from .plausible import check_names
@@ -99,12 +100,20 @@ def torch_size(dims=()) -> tuple:
     return tuple(dims)
 
 
+def filled_later(*factory) -> StateDict:
+    """Stands for `collections.defaultdict`."""
+    return StateDict()
+
+
 REBUILD = Rebuild()
 ALLOWED = {
+    **STAND_INS,
+    ("collections", "defaultdict"): filled_later,
     ("collections", "OrderedDict"): StateDict,
     ("torch._utils", "_rebuild_tensor"): REBUILD,
     ("torch._utils", "_rebuild_tensor_v2"): REBUILD,
     ("torch._utils", "_rebuild_parameter"): REBUILD,
+    ("torch._utils", "_rebuild_parameter_with_state"): REBUILD,
     ("torch", "Size"): torch_size,
     **{("torch", name): StorageType(*types) for name, types in STORAGES.items()},
 }

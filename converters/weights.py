@@ -7,6 +7,7 @@ from pathlib import Path
 from mlx_specstream.errors import BadCheckpoint
 
 MAX_JSON = 32 << 20  # bytes; the index of a model of 700B parameters has 10 MB
+KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # names of files, the best first
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 
 
@@ -29,7 +30,7 @@ def find_weights(folder: Path) -> list[Path]:
     Raises: BadCheckpoint when there are none, when a shard is missing, or when an index names a
     file outside the folder.
     """
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+    for stem, suffix in KINDS:
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
             return indexed(folder, index, suffix)
@@ -37,16 +38,15 @@ def find_weights(folder: Path) -> list[Path]:
         if files:
             require_files(folder, expected_shards(files))
             return files
-    raise BadCheckpoint(f"{folder}: no weights; expected model*.safetensors or pytorch_model*.bin")
+    raise BadCheckpoint(
+        f"{folder}: no weights; expected model*.safetensors or pytorch_model*.bin (for a state dict "
+        "under another name give the file itself)"
+    )
 
 
 def has_weights(folder: Path) -> bool:
     """Whether there is anything that `find_weights` would look at."""
-    return any(
-        True
-        for pattern in ("model*.safetensors*", "pytorch_model*.bin*")
-        for _ in folder.glob(pattern)
-    )
+    return any(any(folder.glob(f"{stem}*{suffix}*")) for stem, suffix in KINDS)
 
 
 def indexed(folder: Path, index: Path, suffix: str) -> list[Path]:

@@ -162,7 +162,7 @@ def stream_generate(
     max_tokens = check_max_tokens(max_tokens)
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    tokens = _tokens(tokenizer, prompt)
+    tokens = prompt_tokens(tokenizer, prompt)
     if tokens.size == 0 and kwargs.get("input_embeddings") is None:
         raise BadArgument("[prompt] must hold at least one token; got an empty prompt.")
     seams = seams_of(model)
@@ -368,7 +368,8 @@ def _settle(
         mx.eval([store.state for store in stores])
 
 
-def _tokens(tokenizer: TokenizerWrapper, prompt) -> mx.array:
+def prompt_tokens(tokenizer: TokenizerWrapper, prompt) -> mx.array:
+    """The token ids that a prompt is fed as, int32 [n]: of text with the tokenizer's special ones."""
     if isinstance(prompt, mx.array):
         return prompt
     if isinstance(prompt, str):

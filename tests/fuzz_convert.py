@@ -1,6 +1,6 @@
 """Damaged files for every reader of the converters, without end if need be.
 
-    python tests/fuzz_convert.py --inputs 1000000
+    python tests/fuzz_convert.py --inputs 1000000 --out benchmarks/results/fuzz_convert.json
 
 Good files are mutated, byte by byte and, where they are JSON, value by value. A reader may take an
 input or refuse it with one of the project's own errors. Anything else ends the run with the input
@@ -13,6 +13,7 @@ import base64
 import codecs
 import faulthandler
 import io
+import json
 import os
 import random
 import signal
@@ -37,6 +38,7 @@ from mlx_specstream.converters.source import check_remote_code, read_config
 from mlx_specstream.converters.torch_pickle import load_torch, unpickle
 from mlx_specstream.converters.weights import find_weights
 from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.measure.machine import about_machine
 from mlx_specstream.model.checkpoint import read_description
 
 SECONDS = 10.0  # of computing, for one input: a machine may be busy
@@ -260,6 +262,7 @@ def main():
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", help="one reader alone")
+    parser.add_argument("--out", type=Path, help="file for the result, if nothing is found")
     args = parser.parse_args()
     faulthandler.enable()
     sys.dont_write_bytecode = True
@@ -278,9 +281,15 @@ def main():
             raise SystemExit(1) from None
     for (name, outcome), count in sorted(counts.items()):
         print(f"{name:7} {outcome:24} {count}")
-    print(
-        f"{args.inputs} inputs of seed {args.seed}, {time.monotonic() - began:.0f} s, nothing found"
-    )
+    seconds = round(time.monotonic() - began)
+    print(f"{args.inputs} inputs of seed {args.seed}, {seconds} s, nothing found")
+    if args.out:
+        result = {"machine": about_machine(), "inputs": args.inputs, "seed": args.seed}
+        result |= {"seconds": seconds, "cpu_seconds": round(time.process_time())}
+        result |= {"peak_bytes": peak(), "findings": 0, "outcomes": {}}
+        for (name, outcome), count in sorted(counts.items()):
+            result["outcomes"].setdefault(name, {})[outcome] = count
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the fuzzer feeds to readers: good files, and ways to damage them."""
 
 import json
+import pickle
 import pickletools
 import random
 import struct
@@ -23,6 +24,8 @@ def pickle_seeds() -> list[bytes]:
     found = [pickles.plain(), pickles.plain(7, (7,), (1,), kind="BFloat16Storage")]
     found += list(pickles.hostile("true").values())
     found.append(pickles.state({"model": pickles.ops({"a": 1, "b": [1, (2.5, None)]})}))
+    beside = [pickle.dumps(value, 2)[2:-1] for value in pickles.BESIDE.values()]
+    found.append(pickles.state({str(i): value for i, value in enumerate(beside)}))
     return found
 
 

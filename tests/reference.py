@@ -46,16 +46,18 @@ class Reference:
         plan: the main stream attends to its own streams ([P] Eq. 1).
         shift: True: stream j sits at position t + j, else at t.
         epsilon: angle of the value rotation; 0 for learned embeddings.
+        temperatures: what each stream's logits are divided by.
     """
 
     def __init__(
         self, base, streams, *, heads, kv_heads, head_dim, theta, eps,
-        gamma, msa_layers, scale, plan=False, shift=True, epsilon=0.0,
+        gamma, msa_layers, scale, plan=False, shift=True, epsilon=0.0, temperatures=None,
     ):  # fmt: skip
         self.w, self.s = base, streams
         self.H, self.K, self.D, self.theta, self.eps = heads, kv_heads, head_dim, theta, eps
         self.gamma, self.scale, self.plan = gamma, scale, plan
         self.shift, self.epsilon = shift, epsilon
+        self.heat = [1.0] * gamma if temperatures is None else temperatures
         self.N = 1 + max(int(n.split(".")[2]) for n in base if n.startswith("model.layers."))
         self.cut = self.N - msa_layers
         self.cache = [[] for _ in range(self.N)]  # per layer: (keys [K, D], values [K, D])
@@ -114,8 +116,8 @@ class Reference:
             y = self.linear(i, "mlp", "down_proj", gate / (1 + np.exp(-gate)) * up, row["j"])
             row["x"] = x + y
 
-    def log_probs(self, x):
-        z = self.w["lm_head.weight"] @ self.norm(x, "model.norm")
+    def log_probs(self, x, heat=1.0):
+        z = self.w["lm_head.weight"] @ self.norm(x, "model.norm") / heat
         return z - z.max() - np.log(np.exp(z - z.max()).sum())
 
     def prefill(self, tokens):
@@ -184,7 +186,8 @@ class Reference:
                     before = self.w["model.embed_tokens.weight"][root]
                 e = before / np.sqrt(np.mean(before * before))
                 u = e @ s["a"][j] + (h / rms) @ s["c"][j] + s["d"][j, 0]
-                rows.append(self.log_probs(h + rms * (u / (1 + np.exp(-u))) @ s["b"][j]))
+                x = h + rms * (u / (1 + np.exp(-u))) @ s["b"][j]
+                rows.append(self.log_probs(x, self.heat[j]))
             said.append(rows)
         return np.array(said)
 
@@ -257,7 +260,7 @@ class Reference:
         hidden = [rows[first + j]["x"] for j in range(self.gamma)]
         if "condition.a" in self.s:
             return tokens, self.given_parents(hidden, tokens[-1]), paths, kept
-        streams = np.stack([self.log_probs(x) for x in hidden])
+        streams = np.stack([self.log_probs(*said) for said in zip(hidden, self.heat, strict=True)])
         return tokens, streams, paths, kept
 
 

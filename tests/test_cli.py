@@ -249,7 +249,9 @@ def test_train_then_generate_then_resume(capsys, tmp_path):
     assert code == 0
     assert "5 steps" in err
     assert "validation per stream" in err
-    assert sorted(p.name for p in out.iterdir()) == ["streams.json", "streams.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "streams.json", "streams.safetensors", "train.json", "train.svg",
+    ]  # fmt: skip
     description = read_description(out)
     assert (description["config"].num_streams, description["config"].msa_layers) == (3, 1)
     assert description["training"]["steps"] == 5

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 
-from mlx_specstream.converters.hf_config import find_classes, normalise, pattern_of
+from mlx_specstream.converters.hf_config import normalise, pattern_of
 from mlx_specstream.converters.rotary import check_rotary, inverse_frequencies
 from mlx_specstream.errors import BadCheckpoint, UnsupportedModel
+from mlx_specstream.model.architectures import model_classes
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -236,7 +237,7 @@ def test_periods_of_layer_types():
 
 def built(source):
     got = normalise(source)[0]
-    model, args = find_classes(got)
+    model, args = model_classes(got)
     return model(args.from_dict(got))
 
 

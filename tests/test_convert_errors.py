@@ -50,7 +50,7 @@ def test_an_existing_target_is_refused_and_left_alone(checkpoint, tmp_path):
     folder, target = checkpoint(), tmp_path / "q"
     target.mkdir()
     (target / "mine").write_text("x")
-    expect(folder, target, "already exists; delete it or choose another --mlx-path", BadArgument)
+    expect(folder, target, "already exists; delete it or choose another name", BadArgument)
     expect(tmp_path / "nope", target, "already exists", BadArgument)  # said before any work
     target = tmp_path / "link"
     target.symlink_to(tmp_path / "nowhere")
@@ -225,7 +225,7 @@ def test_an_ignored_rope_scaling_is_found(checkpoint, tmp_path):
 
 
 STEPS = {
-    "reading": "mlx_specstream.converters.formats.load_torch",
+    "reading": "mlx_specstream.converters.weight_file.load_torch",
     "staging": "pathlib.Path.symlink_to",
     "weights": "mlx_specstream.converters.shards.write_safetensors",
     "config": "mlx_lm.utils.save_config",

@@ -1,15 +1,20 @@
 """Reading PyTorch `.bin` files: plain tensors of every layout come in, code never runs."""
 
+import argparse
+import collections
+import datetime
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
+from pathlib import PosixPath
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_specstream.converters.torch_pickle import load_torch
+from mlx_specstream.converters.torch_pickle import load_torch, read_state
 from mlx_specstream.errors import BadCheckpoint
 
 # A pickle assembler: each function returns opcodes, so that a test can build what no pickler would.
@@ -290,6 +295,44 @@ def test_damaged_archives(tmp_path):
     path.write_bytes(pickle.dumps({"w": 1}, 2))
     with pytest.raises(BadCheckpoint, match="neither a zip archive"):
         load_torch(path)
+
+
+class Settings(argparse.Namespace):
+    pass
+
+
+BESIDE = {
+    "arguments": argparse.Namespace(lr=1e-3, layers=[3, 4]),
+    "a counter": collections.Counter("aab"),
+    "a defaultdict": collections.defaultdict(list, a=[1]),
+    "sets": [{1, 2}, frozenset("a")],
+    "a path": PosixPath("/data/x"),
+    "a time": datetime.datetime(2024, 3, 1),
+    "numbers of numpy": [np.float32(3), np.int64(7)],
+    "the state of a generator": np.random.RandomState(3).get_state(),
+    "bytes": [b"ab", bytearray(b"c")],
+    "a complex number": 1j,
+    "a slice": slice(1, 2),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_programs_keep_beside_the_weights_is_left_out(kind, tmp_path):
+    """Read past, whatever Python's own pickler makes of it."""
+    beside = pickletools.optimize(pickle.dumps(BESIDE[kind], 2))[2:-1]
+    pkl = state({"args": beside, "model": plain()[2:-1]})
+    path = write_zip(tmp_path / "last.pt", pkl, {"0": VALUES[:6].tobytes()})
+    assert list(load_torch(path)) == ["w"]
+    assert read_state(path).ignored == ["args"]
+    with pytest.raises(BadCheckpoint, match=r"not a tensor|is a list"):
+        load_torch(write_zip(path, state({"w": beside}), {}))
+
+
+def test_a_class_of_the_program_is_refused(tmp_path):
+    beside = pickle.dumps(Settings(lr=1), 2)[2:-1]
+    pkl = state({"args": beside, "model": plain()[2:-1]})
+    with pytest.raises(BadCheckpoint, match=r"test_convert_pickle\.Settings.*state_dict alone"):
+        load_torch(write_zip(tmp_path / "last.pt", pkl, {}))
 
 
 def test_legacy_sizes_must_agree(tmp_path):

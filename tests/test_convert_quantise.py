@@ -13,6 +13,7 @@ from test_convert import copy_golden
 from mlx_specstream import load
 from mlx_specstream.converters import convert
 from mlx_specstream.converters.report import compare, encoded
+from mlx_specstream.errors import UnsupportedModel
 
 MODES = [
     *(("affine", bits, group) for bits in (2, 3, 4, 6, 8) for group in (32,)),
@@ -33,6 +34,15 @@ def test_every_mode_loads_and_answers(mode, bits, group, tmp_path):
     report = next(line for line in lines if line.startswith("report: "))
     kl = float(re.search(r"KL\(before \|\| after\) (\S+) nats", report)[1])
     assert 0 < kl < {2: 4.0, 3: 2.0, 4: 2.0}.get(width[0], 0.1)
+
+
+def test_weights_packed_in_a_foreign_way_are_refused(tmp_path):
+    """QLoRA's four bits, saved as they were trained."""
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = copy_golden(tmp_path / "hf", "phi3", quantization_config=packed)
+    with pytest.raises(UnsupportedModel, match=r"packed by 'bitsandbytes'.*dequantize") as error:
+        convert(folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 def test_a_recipe_gives_more_bits_to_some(tmp_path):

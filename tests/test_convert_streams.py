@@ -208,7 +208,7 @@ WRONG = {
         lambda t, a: t.update(draft_vocabulary=mx.array([3, 3])),
         "draft_vocabulary must be ascending",
     ),
-    "no base": (lambda t, a: a.pop("stream_base"), "give the base's mlx-lm folder with --base"),
+    "no base": (lambda t, a: a.pop("stream_base"), "give the base with --base"),
 }
 
 

@@ -13,11 +13,14 @@ torch = pytest.importorskip("torch", reason="pip install -e '.[torch]'")
 
 import torch_sources as sources  # noqa: E402
 import torch_twin  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 from test_convert_streams import assert_same, our_logits  # noqa: E402
 from torch_models import LENGTH, MODELS, SHAPE, build, logits_of  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from mlx_specstream import load  # noqa: E402
 from mlx_specstream.converters import convert  # noqa: E402
+from mlx_specstream.converters.hf_config import normalise  # noqa: E402
 from mlx_specstream.errors import BadCheckpoint, UnsupportedModel  # noqa: E402
 from mlx_specstream.model.architectures import model_classes  # noqa: E402
 
@@ -87,6 +90,33 @@ def test_precisions_and_heads(name, tied, dtype, folder, tmp_path):
         assert_same_logits(ours(tmp_path / f"out{number}"), expected)
 
 
+# As published: width, layers, heads, width of the embedding.
+OPT = {
+    "125m": (768, 12, 12, 768),
+    "350m": (1024, 24, 16, 512),
+    "1.3b": (2048, 24, 32, 2048),
+    "6.7b": (4096, 32, 32, 4096),
+}
+
+
+@pytest.mark.parametrize("size", OPT)
+def test_shapes_of_the_published_opt(size):
+    """Every parameter has the shape that transformers gives it; nothing is computed."""
+    width, layers, heads, narrow = OPT[size]
+    config = {"model_type": "opt", "hidden_size": width, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": heads, "ffn_dim": 4 * width, "word_embed_proj_dim": narrow}
+    config |= {"vocab_size": 50272, "max_position_embeddings": 2048}
+    config |= {"do_layer_norm_before": size != "350m"}
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **settings))
+    model_class, args_class = model_classes(config)
+    model = model_class(args_class.from_dict(normalise(config)[0]))
+    hollow = {name: mx.zeros(tuple(v.shape)) for name, v in theirs.state_dict().items()}
+    wanted = {name: value.shape for name, value in model.sanitize(hollow).items()}
+    assert {name: value.shape for name, value in tree_flatten(model.parameters())} == wanted
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_meta(parts, folder, tmp_path):
     model = build("llama_plain", folder)
@@ -117,11 +147,12 @@ ADAPTERS = {
         {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
     ),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "embedding dora": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "bias of B": ("opt", {"target_modules": ["q_proj"], "lora_bias": True}),
     "biases": ("opt", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "head": ("llama", {**LORA, "modules_to_save": ["lm_head", "norm"]}),
 }
-MERGED_ONLY = ("embedding", "bias of B", "biases", "head")
+MERGED_ONLY = ("embedding", "embedding dora", "bias of B", "biases", "head")
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -64,8 +64,8 @@ def tuned(mask, model=None, num_layers=-1, **options):
 class Told(Reference):
     """The oracle along a given text: its main and stream log-probabilities at every completion row."""
 
-    def log_probs(self, x):
-        said = super().log_probs(x)
+    def log_probs(self, x, *heat):
+        said = super().log_probs(x, *heat)
         self.said.append(said)
         return said
 

@@ -27,7 +27,7 @@ PROMPT = [4, 11, 0, 17, 6, 9, 13, 2]
 TOLERANCE = 2e-5  # of the largest log-probability: fp32 against float64 over seven layers
 
 
-def both(seed=0, **options):
+def both(seed=0, temperatures=None, **options):
     """The same random model with the same random streams, ours and the oracle's."""
     config = StreamConfig(**{**STREAMS, **options})
     model = make_model("llama", seed, **SIZES)
@@ -48,7 +48,10 @@ def both(seed=0, **options):
         plan=config.main_sees_streams,
         shift=config.stream_position == "t+j",
         epsilon=config.value_rotation,
+        temperatures=temperatures,
     )
+    if temperatures is not None:
+        streams.temperatures = np.array(temperatures, np.float32)
     return attach(model, streams), reference
 
 
@@ -114,6 +117,22 @@ def test_steps_equal_the_oracle(tree, placement):
     lengths = check_steps(*both(), tree, placement, steps=5)
     if tree != "chain":
         assert sum(n for n, _, _ in lengths) > len(lengths), "nothing was accepted"
+
+
+@pytest.mark.parametrize("condition_rank", [0, 6])
+def test_calibrated_steps_equal_the_oracle(condition_rank, monkeypatch):
+    """Temperatures change which nodes a best-first tree holds, given the token before or not."""
+    monkeypatch.setattr(step, "WIDE", SIZES["vocab_size"])
+    heat = (0.5, 1.7, 2.9)
+    options = {"condition_rank": condition_rank, "seed": 8}
+    seams, reference = both(temperatures=heat, **options)
+    check_steps(seams, reference, "best:24", "deferred", steps=5)
+    if condition_rank:
+        return
+    seams, reference = both(temperatures=heat, **options)
+    reference.heat = (1.0, 1.0, 1.0)
+    with pytest.raises(AssertionError):
+        check_steps(seams, reference, "best:24", "deferred", steps=5)
 
 
 @pytest.mark.parametrize("placement", ["inline", "deferred"])

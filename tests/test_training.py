@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from reference import assert_close
-from tiny_models import attached, make_model, make_tokenizer, quantized
+from tiny_models import attached, make_model, make_tokenizer, quantized, stock_hidden
 
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import BadArgument, BadCheckpoint, BadData, UnsupportedModel
@@ -19,6 +19,7 @@ from mlx_specstream.model.checkpoint import load_streams
 from mlx_specstream.model.rows import causal_rows
 from mlx_specstream.model.seams import Pass, attach, seams_of
 from mlx_specstream.train.data import Batch, Example, batches, make_batch, read_examples
+from mlx_specstream.train.initial import hidden_rms, scale_embeddings
 from mlx_specstream.train.loss import evaluate, stream_losses
 from mlx_specstream.train.session import train_streams
 from mlx_specstream.train.trainer import CHECKPOINT, TrainConfig, Trainer
@@ -83,17 +84,19 @@ def test_forms_of_rows(tmp_path):
     for name, (row, reader, tokens, start) in forms.items():
         for ending in ("jsonl", "jsonl.gz"):
             folder = write(tmp_path / f"{name}-{ending}", f"train.{ending}", [row, "\n"])
-            examples, changed = read_examples(folder, "train", reader, 99)
-            assert (examples, changed) == ([Example(tokens, start)], 0), name
+            examples, report = read_examples(folder, "train", reader, 99)
+            assert examples == [Example(tokens, start)], name
+            assert (report.rows, report.used, report.cut) == (1, 1, 0)
 
 
 def test_long_rows_are_cut_and_short_ones_left_out(tmp_path):
     rows = [{"text": "a5 a6 a7 a8 a9 a10"}, {"prompt": "a5 a6", "completion": ""}, {"text": "a5"}]
-    examples, changed = read_examples(
+    examples, report = read_examples(
         write(tmp_path, "train.jsonl", rows), "train", make_tokenizer(), 4
     )
     assert examples == [Example([5, 6, 7, 8], 0)]
-    assert changed == 3
+    assert (report.rows, report.used, report.cut, report.empty, report.short) == (3, 1, 1, 1, 1)
+    assert (report.longest, report.tokens) == (8, 4)  # "a10" is "a1" and an unknown word
 
 
 @pytest.mark.parametrize(
@@ -262,6 +265,29 @@ def test_gradients_are_those_of_the_streams_only(base):
         assert not np.array_equal(np.array(value), streams_before[name]), f"{name} did not move"
 
 
+def test_embeddings_begin_and_learn_on_the_scale_of_the_hidden_states():
+    """That of the rows where streams begin: no prompt, and no huge first token, moves it."""
+    model = make_model()
+    rms = lambda x: np.sqrt(np.mean(np.square(np.array(x, np.float64)), axis=-1))  # noqa: E731
+    want = [
+        size
+        for example in EXAMPLES
+        for size in rms(stock_hidden(model, example.tokens, 3))[list(example.hosts())]
+    ]
+    seams = attached()
+    assert_close(np.array(hidden_rms(seams, EXAMPLES)), np.median(want), 1e-5)
+    embedding = seams.model.model.embed_tokens
+    embedding.weight = embedding.weight * mx.where(mx.arange(67) == 3, 1000.0, 1.0)[:, None]
+    assert hidden_rms(seams, [Example([3, 8, 21, 40, 7, 0], 0)]) < 10
+    before = seams.streams.embeddings
+    scale_embeddings(seams, 6.0)
+    assert_close(seams.streams.embeddings, 0.3 * before, 1e-6)
+    trainer = Trainer(attached(), SMALL, None, hidden_rms=7.5)
+    trainer.step(a_batch())
+    of_embeddings, of_lora = (o.learning_rate.item() for o in trainer.optimizer.optimizers)
+    assert of_embeddings == pytest.approx(SMALL.embedding_rate * 7.5 * of_lora)
+
+
 # --- runs ---
 
 
@@ -281,8 +307,9 @@ def test_a_tiny_run_lowers_the_loss(data, tmp_path):
     about, notes, model = run(
         data, tmp_path / "out", config={"iters": 40, "eval_every": 20}, report=seen.append
     )
-    assert [p.iteration for p in seen] == list(range(1, 41))
-    assert np.mean(seen[-1].losses) < 0.5 * np.mean(seen[0].losses)
+    assert [p.iteration for p in seen] == list(range(41))  # 0: what streams begin with
+    assert seen[0].validation["loss"][0] > 2 * seen[-1].validation["loss"][0]
+    assert np.mean(seen[-1].losses) < 0.5 * np.mean(seen[1].losses)
     assert about["validation"]["top1"][0] > 0.4  # of 67 words
     assert about["steps"] == 40
     assert not (tmp_path / "out" / CHECKPOINT).exists()

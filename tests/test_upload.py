@@ -154,9 +154,22 @@ def test_what_cannot_succeed_is_said_before_any_work(hub, tmp_path, monkeypatch,
         (["--upload-repo", "someone/new"], "log in with hf auth login"),
         (["--upload-repo", "../new repo"], "is no repository id"),
         (["--upload-repo", "someone/new", "--dry-run"], "--dry-run"),
+        (["--report", "--dry-run"], "--dry-run"),
     ):
         assert main([*argv, *options]) == 2
         assert words in capsys.readouterr().err
+    assert hub[1].repositories == {}
+
+
+def test_a_folder_that_needed_nothing_is_not_published(hub, tmp_path):
+    """It may hold what nobody meant to publish."""
+    first = convert(hub, tmp_path)
+    assert first.returncode == 0
+    argv = ["convert", "--hf-path", str(tmp_path / "out"), "--mlx-path", str(tmp_path / "again")]
+    argv += ["--upload-repo", "someone/new"]
+    done = command(hub[0], tmp_path / "cache", *argv, HF_TOKEN="hf_test")
+    assert done.returncode == 2
+    assert "nothing was converted, so nothing was uploaded" in done.stderr
     assert hub[1].repositories == {}
 
 

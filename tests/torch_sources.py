@@ -2,8 +2,10 @@
 
 import json
 import logging
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -74,7 +76,9 @@ def training(model, folder: Path) -> Path:
     state = {f"module.{name}": value for name, value in state_of(model, folder).items()}
     moments = {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(5, 3)}}
     optimizer = {"state": moments, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.95)}]}
-    whole = {"model": state, "optimizer": optimizer, "epoch": 3, "args": {"seed": 1}}
+    whole = {"model": state, "optimizer": optimizer, "epoch": 3}
+    whole |= {"args": Namespace(lr=1e-3, out=Path("/tmp")), "best": np.float64(1.5)}
+    whole |= {"dtype": torch.bfloat16, "device": torch.device("cpu"), "rng": np.random.get_state()}
     torch.save(whole, folder / "checkpoint_last.pt")
     return folder
 

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system-prompt", help="system message of the conversation")
     options.add_streams(parser)
     options.add_sampling(parser, max_tokens=512)
+    options.add_log(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     seams = seams_of(model)
     if seams is not None:  # a plan that cannot be made is said now, not after the first message
         make_plan(seams.streams.config, args.tree or "chain", args.placement, keywords["prune"])
-    conversation = Conversation(model, tokenizer, args.system_prompt, keywords)
+    log = options.answer_log(args, model)
+    conversation = Conversation(model, tokenizer, args.system_prompt, keywords, log)
     read = _reader()
     show_stats = True
     print(COMMANDS, file=sys.stderr)
@@ -64,8 +66,9 @@ class Conversation:
     Only tokens behind the common prefix with the turn before are fed to the model.
     """
 
-    def __init__(self, model, tokenizer, system_prompt: str | None, keywords: dict):
+    def __init__(self, model, tokenizer, system_prompt: str | None, keywords: dict, log=None):
         self.model, self.tokenizer, self.keywords = model, tokenizer, keywords
+        self.log = log
         self.system = (
             [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         )
@@ -83,13 +86,14 @@ class Conversation:
         tokens = options.chat_tokens(self.tokenizer, messages)
         known = self._reuse(tokens)
         self._fed = list(tokens)
-        said = ""
+        said, answer = "", []
         responses = stream_generate(
             self.model, self.tokenizer, tokens[known:], prompt_cache=self._cache, **self.keywords
         )
         try:
             for response in responses:
                 self._fed.append(response.token)
+                answer.append(response.token)
                 said += response.text
                 yield response
         except GeneratorExit:  # closed between two tokens: cache and tokens agree
@@ -101,6 +105,8 @@ class Conversation:
             responses.close()
             if said:  # else it is as if it had not been asked
                 self.messages = [*messages, {"role": "assistant", "content": said}]
+            if self.log is not None:
+                self.log.add(tokens, answer)
 
     def _reuse(self, tokens: list[int]) -> int:
         """How many of ``tokens`` the cache already holds; the cache is cut to them (or made anew)."""
@@ -137,7 +143,7 @@ def _answer(conversation: Conversation, text: str, show_stats: bool) -> None:
     except KeyboardInterrupt:
         responses.close()
         print("\n(stopped)", file=sys.stderr)
-    except SpecStreamError as error:
+    except (SpecStreamError, OSError) as error:  # OSError: a log on a full disk
         print(f"mlx-specstream: error: {error}", file=sys.stderr)
     if show_stats and response is not None:
         print(

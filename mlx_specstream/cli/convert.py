@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from functools import cache
+from pathlib import Path
 
 from .lines import printable
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         help="folder or hub id with what --hf-path lacks: config.json and tokenizer of a state dict, "
-        "the model of streams",
+        "a tokenizer, the model that an adapter or streams belong to",
     )
     parser.add_argument(
         "--adapter", help="PEFT or mlx-lm adapter (folder or hub id) to merge into the weights"
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure what the conversion did to the logits of a few prompts (needs memory for the "
         "whole model)",
     )
-    parser.add_argument("--revision", help="hub revision")
+    parser.add_argument("--revision", help="hub revision of --hf-path")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the repository's own code run"
     )
@@ -83,9 +84,10 @@ def run(args: argparse.Namespace) -> None:
     ):
         if not args.quantize and getattr(args, name) != idle:
             raise BadArgument(f"[{name}] needs -q (--quantize).")
+    for name in ("upload_repo", "report"):
+        if args.dry_run and getattr(args, name):
+            raise BadArgument(f"[{name}] cannot be combined with --dry-run.")
     if args.upload_repo:
-        if args.dry_run:
-            raise BadArgument("[upload_repo] cannot be combined with --dry-run.")
         check_upload(args.upload_repo)
     with contextlib.ExitStack() as stack:
         out = convert(
@@ -110,6 +112,11 @@ def run(args: argparse.Namespace) -> None:
     if out is not None:
         print(out)
     if args.upload_repo:
+        if out != Path(args.mlx_path).expanduser():  # it may hold what nobody meant to publish
+            raise BadArgument(
+                f"[upload_repo] nothing was converted, so nothing was uploaded; if all of {out} is to "
+                f"be published: hf upload {args.upload_repo} {out}"
+            )
         print(upload(out, args.upload_repo))
 
 

@@ -38,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mlx_lm.add_argument(
         "--quantized-kv-start", type=int, help="tokens before it is used (default: 5000)"
     )
+    options.add_log(parser)
     parser.add_argument("--quiet", action="store_true", help="no statistics")
 
 
 def run(args: argparse.Namespace) -> None:
     from ..errors import BadArgument
-    from ..generate import statistics, stream_generate
+    from ..generate import prompt_tokens, statistics, stream_generate
 
     keywords = options.generation_arguments(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num_draft_tokens is not None and not args.draft_model:
         raise BadArgument("[num_draft_tokens] needs --draft-model.")
     model, tokenizer = options.load_model(args)
+    log = options.answer_log(args, model)
     if args.draft_model:
         from ..load import load
 
@@ -64,9 +66,14 @@ def run(args: argparse.Namespace) -> None:
         if args.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": args.system_prompt})
         prompt = options.chat_tokens(tokenizer, messages)
-    response = None
+    if log is not None:
+        prompt = prompt_tokens(tokenizer, prompt).tolist()
+    response, said = None, []
     for response in stream_generate(model, tokenizer, prompt, **keywords):
+        said.append(response.token)
         print(response.text, end="", flush=True)
     print()
+    if log is not None:
+        log.add(prompt, said)
     if not args.quiet:
         print(statistics(response), file=sys.stderr)

@@ -78,6 +78,26 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int, seed: int | N
     )
 
 
+def add_log(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="keep prompts and answers (token ids) in this file, for train --from-log; it stays on this "
+        "machine, readable by you alone (default: nothing is kept)",
+    )
+
+
+def answer_log(args: argparse.Namespace, model):
+    """The log that --log names, or None."""
+    if args.log is None:
+        return None
+    from ..train.identity import identity
+    from ..train.log import AnswerLog
+
+    return AnswerLog(args.log, identity(model))
+
+
 def load_model(args: argparse.Namespace):
     """(model, tokenizer) as the arguments say."""
     from ..load import load

@@ -1,266 +1,187 @@
 """Train streams for a model on a data folder.
 
 In lossless mode the base stays as it is, and so does its output. In shared mode it is fine-tuned on the
-data in the same run, and written to a folder of its own.
+data in the same run, and written to a folder of its own. The streams folder also gets train.json and
+train.svg, the numbers and the curves of the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from ..config import PROJECTIONS, StreamConfig
+from ..config import StreamConfig
 from ..errors import BadArgument
-from . import options
+from ..train.presets import PRESETS, PRUNE_RANK, every, learning_rate
+from . import train_online
+from .train_arguments import add_arguments as add_arguments
 from .train_display import ProgressDisplay
 
 HELP = "train streams for a model"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder with train.jsonl and valid.jsonl (or .jsonl.gz): rows with prompt and completion, "
-        "messages, or text",
-    )
-    parser.add_argument("--streams", type=Path, required=True, help="streams folder to write")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --streams"
-    )
-    parser.add_argument(
-        "--begin-from",
-        type=Path,
-        metavar="STREAMS",
-        help="begin with the values of a streams folder of this model, as far as they fit",
-    )
-    mode = parser.add_argument_group("mode")
-    mode.add_argument(
-        "--mode",
-        choices=("lossless", "shared"),
-        default="lossless",
-        help="lossless: the base is frozen; shared: one LoRA for model and streams fine-tunes it "
-        "(default: %(default)s)",
-    )
-    mode.add_argument(
-        "--fused-path", type=Path, metavar="DIR", help="shared: folder for the fine-tuned model"
-    )
-    mode.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="shared: write a quantised base dequantised, so that nothing learned is rounded off",
-    )
-    mode.add_argument(
-        "--num-layers",
-        type=int,
-        help="shared: layers that get the LoRA, from the top, the MSA layers among them (default: -1, all)",
-    )
-    mode.add_argument(
-        "--main-sees-streams",
-        action="store_true",
-        help="shared: the [P] mask, in which the model also attends to its own streams and so needs them",
-    )
-    target = parser.add_argument_group("targets")
-    target.add_argument(
-        "--target",
-        choices=("hard", "distill"),
-        default="hard",
-        help="hard: the text; distill: the model's own distributions over it (default: %(default)s)",
-    )
-    target.add_argument(
-        "--alpha",
-        type=float,
-        nargs="+",
-        metavar="A",
-        help="weight of each stream in the loss, or one for all (default: 0.8^(j-1); shared: 0.1, beside 1 "
-        "of the model's own loss)",
-    )
-    target.add_argument(
-        "--self-distill",
-        action="store_true",
-        help="let the base answer the prompts itself and train on that",
-    )
-    target.add_argument(
-        "--self-distill-temperature", type=float, help="of its answers (default: 0, greedy)"
-    )
-    target.add_argument(
-        "--self-distill-max-tokens", type=int, help="of one answer (default: 256 tokens)"
-    )
-    target.add_argument(
-        "--self-distill-batch-size", type=int, help="answers made at once (default: 32)"
-    )
-    target.add_argument(
-        "--self-distill-cache",
-        type=Path,
-        metavar="DIR",
-        help="for the answers (default: --streams)",
-    )
-    run_ = parser.add_argument_group("run")
-    run_.add_argument("--iters", type=int, help="steps (default: 3000)")
-    run_.add_argument("--minutes", type=float, help="train for this long instead of --iters")
-    run_.add_argument("--batch-size", type=int, help="sequences per step (default: 4)")
-    run_.add_argument(
-        "--hosts", type=int, help="positions per sequence that get streams (default: 16)"
-    )
-    run_.add_argument("--learning-rate", type=float, help="peak rate of the LoRA (default: 1e-3)")
-    run_.add_argument(
-        "--max-seq-length", type=int, default=2048, help="default: %(default)s tokens"
-    )
-    run_.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    run_.add_argument("--grad-accumulation-steps", type=int, help="batches per step (default: 1)")
-    run_.add_argument(
-        "--grad-checkpoint",
-        action="store_true",
-        help="keep less of each layer for the gradient: less memory, more time",
-    )
-    run_.add_argument(
-        "--cache-hidden",
-        type=Path,
-        metavar="DIR",
-        help="keep what the frozen lower layers make of the data here: less time, much disk",
-    )
-    run_.add_argument("--eval-every", type=int, help="steps between validations (default: 200)")
-    run_.add_argument("--save-every", type=int, help="steps between checkpoints (default: 200)")
-    shape = parser.add_argument_group("streams")
-    shape.add_argument(
-        "--num-streams",
-        type=int,
-        default=StreamConfig.num_streams,
-        help="gamma (default: %(default)s)",
-    )
-    shape.add_argument(
-        "--msa-layers", type=int, help="Ns (default: a quarter of the layers, at most 4)"
-    )
-    shape.add_argument(
-        "--lora-rank",
-        type=int,
-        default=StreamConfig.lora_rank,
-        help="default: %(default)s; 0: none",
-    )
-    shape.add_argument("--lora-alpha", type=float, help="default: the rank")
-    shape.add_argument(
-        "--lora-targets", nargs="+", choices=PROJECTIONS, default=PROJECTIONS, help="default: all"
-    )
-    shape.add_argument(
-        "--stream-position", choices=("t+j", "t"), default="t+j", help="rope position of stream j"
-    )
-    shape.add_argument(
-        "--init-rank", type=int, default=0, help="rank of f in S = f(M) + P; 0: identity"
-    )
-    shape.add_argument(
-        "--prune-rank", type=int, default=0, help="rank of an early-exit head for pruning; 0: none"
-    )
-    shape.add_argument(
-        "--condition-rank",
-        type=int,
-        default=0,
-        help="rank of the map that corrects a guess by the token before it; 0: none",
-    )
-    shape.add_argument(
-        "--value-rotation", type=float, default=0.0, help="epsilon; replaces the stream embeddings"
-    )
-    shape.add_argument(
-        "--draft-vocabulary",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draft only the N most frequent tokens of the completions, end of sequence besides; training "
-        "still uses them all (default: 0, the whole vocabulary)",
-    )
+SAVE_EVERY = 200  # steps at most: what a crash may cost
+SHAPE = tuple(f.name for f in fields(StreamConfig))
+RUN = (
+    "iters", "minutes", "batch_size", "hosts", "learning_rate", "seed", "eval_every", "save_every",
+    "grad_accumulation_steps", "patience",
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.undo:
+        return train_online.take_back(args)
+    if args.from_log is not None:
+        return train_online.learn(args)
+    for name in ("data", "streams"):
+        if getattr(args, name) is None and not (name == "streams" and args.only):
+            raise BadArgument(f"[train] name a folder with --{name}.")
     from ..load import load_base, model_folder
-    from ..train.config import FineTune, TrainConfig
-    from ..train.session import default_msa_layers, train_streams
+    from ..measure.rehearsal import Rehearsal
+    from ..model.projections import hidden_size
+    from ..train.session import train_streams
     from ..train.shared import Destination
-    from ..train.trainer import CHECKPOINT
 
-    names = (
-        "iters",
-        "minutes",
-        "batch_size",
-        "hosts",
-        "learning_rate",
-        "seed",
-        "eval_every",
-        "save_every",
-        "grad_accumulation_steps",
-    )
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    preset = PRESETS[args.preset or "default"]
     shared = args.mode == "shared"
-    alpha = float(args.lora_rank) if args.lora_alpha is None else args.lora_alpha
-    fine_tune = None
-    if shared:
-        number = -1 if args.num_layers is None else args.num_layers
-        fine_tune = FineTune(args.lora_rank, alpha, tuple(args.lora_targets), number)
-    elif args.num_layers is not None or args.dequantize:
+    if not shared and (args.num_layers is not None or args.dequantize):
         name = "dequantize" if args.dequantize else "num_layers"
         raise BadArgument(f"[train] '{name}' is about the fine-tuned model; use --mode shared.")
-    config = TrainConfig(
-        **given,
-        fine_tune=fine_tune,
-        target=args.target,
-        alphas=args.alpha,
-        grad_checkpoint=args.grad_checkpoint,
-    )
-    self_distill = _self_distill(args, config.seed)
-    shape = {
-        "num_streams": args.num_streams,
-        "lora_rank": 0 if shared else args.lora_rank,  # the fused model has it in its weights
-        "lora_alpha": alpha,
-        "lora_targets": tuple(args.lora_targets),
-        "main_sees_streams": args.main_sees_streams,
-        "stream_position": args.stream_position,
-        "init_rank": args.init_rank,
-        "prune_rank": args.prune_rank,
-        "condition_rank": args.condition_rank,
-        "value_rotation": args.value_rotation,
-    }
-    StreamConfig(**shape, msa_layers=args.msa_layers if args.msa_layers is not None else 1)
+    train_config(args, preset, 1)  # what can be said before a model is loaded
+    self_distill = _self_distill(args)
     folder = model_folder(args.model, args.revision)
+    out = args.streams or train_online.streams_of(folder)
+    begin_from = args.begin_from or (out if args.only else None)
+    stream_config(args, preset, 1, begin_from)
     model, tokenizer, base_config = load_base(
         folder,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
-    layers = args.msa_layers or default_msa_layers(len(model.layers))
     fused = None
     if args.fused_path is not None:
         fused = Destination(args.fused_path, folder, base_config, args.dequantize)
-    streams = StreamConfig(**shape, msa_layers=layers)
-    with ProgressDisplay() as display:
-        try:
-            about = train_streams(
-                model,
-                tokenizer,
-                args.data,
-                args.streams,
-                streams,
-                config,
-                fused=fused,
-                self_distill=self_distill,
-                cache_hidden=args.cache_hidden,
-                max_length=args.max_seq_length,
-                draft_vocabulary=args.draft_vocabulary,
-                resume=args.resume,
-                begin_from=args.begin_from,
-                report=display.step,
-                note=display.note,
-            )
-        except KeyboardInterrupt:
-            if (args.streams / CHECKPOINT).exists():
-                display.note(f"stopped; go on with --resume (checkpoint in {args.streams})")
-            raise
-    print(f"{args.streams}: {about['steps']} steps in {about['seconds']:.0f} s", file=sys.stderr)
+    about = show(
+        args,
+        out,
+        lambda **how: train_streams(
+            model,
+            tokenizer,
+            args.data,
+            out,
+            stream_config(args, preset, len(model.layers), begin_from),
+            train_config(args, preset, hidden_size(model)),
+            fused=fused,
+            self_distill=self_distill,
+            cache_hidden=args.cache_hidden,
+            max_length=args.max_seq_length,
+            draft_vocabulary=args.draft_vocabulary,
+            begin_from=begin_from,
+            look=None if args.no_rehearsal or args.only else Rehearsal(tokenizer, changes=shared),
+            **how,
+        ),
+    )
+    if args.dry_run:
+        return
+    print(f"{out}: {about['steps']} steps in {about['seconds']:.0f} s", file=sys.stderr)
     if fused is not None:
         print(f"{args.fused_path}: the fine-tuned model", file=sys.stderr)
 
 
-def _self_distill(args: argparse.Namespace, seed: int):
+def show(args: argparse.Namespace, out: Path, train) -> dict[str, Any]:
+    """Run ``train`` with a display, curves beside every checkpoint, and a word on how to go on."""
+    from ..files import write_text
+    from ..measure.curves import curves
+    from ..train.record import CURVES
+    from ..train.trainer import CHECKPOINT
+
+    with ProgressDisplay() as display:
+        try:
+            return train(
+                resume=args.resume,
+                dry_run=args.dry_run,
+                report=display.step,
+                note=display.note,
+                saved=lambda about: write_text(out / CURVES, curves(about)),
+            )
+        except KeyboardInterrupt:
+            if (out / CHECKPOINT).exists():
+                display.note(f"stopped; go on with --resume (checkpoint in {out})")
+            raise
+
+
+def stream_config(
+    args: argparse.Namespace, preset, layers: int, begin_from: Path | None
+) -> StreamConfig:
+    """The shape of the streams: what is given, else that of the streams to begin from, else the preset's.
+
+    Args:
+        layers: of the model; 1 where it is not known yet (only the rules are checked then).
+    """
+    from ..model.checkpoint import read_description
+
+    shared = args.mode == "shared"
+    given = {n: getattr(args, n) for n in SHAPE if getattr(args, n) is not None}
+    if begin_from is not None:
+        found = read_description(begin_from)["config"].to_json()
+        if args.only:
+            found["prune_rank"] = found["prune_rank"] or PRUNE_RANK
+            if set(given) - {"prune_rank", "main_sees_streams"}:
+                name = min(set(given) - {"prune_rank", "main_sees_streams"})
+                raise BadArgument(
+                    f"[train] '{name}' cannot change with --only: the streams stay as they are."
+                )
+    else:
+        found = {
+            "num_streams": preset.num_streams,
+            "msa_layers": preset.msa_layers(layers),
+            "lora_rank": preset.lora_rank,
+            "condition_rank": 0 if shared else preset.condition_rank,
+        }
+    if not args.main_sees_streams and begin_from is not None:
+        given.pop("main_sees_streams")
+    found |= given
+    if "lora_alpha" not in given and ("lora_rank" in given or "lora_alpha" not in found):
+        found["lora_alpha"] = float(found["lora_rank"])
+    if shared:
+        found["lora_rank"] = 0  # the fused model has it in its weights
+    return StreamConfig(**found)
+
+
+def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):
+    """How to train: what is given, else ``defaults``, else the preset's and what follows from the width."""
+    from ..train.config import FineTune, TrainConfig
+
+    given = {name: getattr(args, name) for name in RUN if getattr(args, name) is not None}
+    fine_tune = None
+    if args.mode == "shared":
+        rank = preset.lora_rank if args.lora_rank is None else args.lora_rank
+        alpha = float(rank) if args.lora_alpha is None else args.lora_alpha
+        number = -1 if args.num_layers is None else args.num_layers
+        targets = {} if args.lora_targets is None else {"targets": tuple(args.lora_targets)}
+        fine_tune = FineTune(rank, alpha, num_layers=number, **targets)
+    found = {
+        "iters": preset.iters,
+        "batch_size": preset.batch_size,
+        "learning_rate": learning_rate(width),
+        **defaults,
+        **given,
+    }
+    if found["iters"] > 0:
+        found.setdefault("eval_every", every(found["iters"], preset.validations))
+        found.setdefault("save_every", min(found["eval_every"], SAVE_EVERY))
+    return TrainConfig(
+        **found,
+        fine_tune=fine_tune,
+        target=args.target,
+        alphas=args.alpha,
+        only=args.only,
+        grad_checkpoint=args.grad_checkpoint,
+    )
+
+
+def _self_distill(args: argparse.Namespace):
     """How the base is to answer, or None."""
     from ..train.answers import SelfDistill
 
@@ -268,7 +189,7 @@ def _self_distill(args: argparse.Namespace, seed: int):
     names = ("temperature", "max_tokens", "batch_size", "cache")
     given = {n: getattr(args, prefix + n) for n in names if getattr(args, prefix + n) is not None}
     if args.self_distill:
-        return SelfDistill(**given, seed=seed)
+        return SelfDistill(**given, seed=args.seed)
     for name in given:
         raise BadArgument(f"[{prefix}{name}] needs --self-distill.")
     return None

@@ -33,7 +33,7 @@ class ProgressDisplay:
         from ..train.estimate import duration
 
         seconds = progress.seconds * (1 - progress.done) / max(progress.done, 1e-9)
-        loss = " ".join(f"{x:.2f}" for x in progress.losses)
+        loss = " ".join(f"{x:.2f}" for x in progress.losses) or "-"
         if progress.main_loss is not None:
             loss = f"{progress.main_loss:.2f} + {loss}"
         speed = f"{progress.tokens_per_second:.0f} tokens/s, {progress.peak_memory:.1f} GB"
@@ -46,12 +46,31 @@ class ProgressDisplay:
             speed=speed,
         )
         if progress.validation is not None:
-            names = {"main_loss": "main loss", "loss": "loss", "top1": "top-1", "topk": "top-4"}
-            columns = (
-                f"{name} " + " ".join(f"{x:.3f}" for x in progress.validation[key])
-                for key, name in names.items()
-                if key in progress.validation
-            )
-            self.note(
-                f"step {progress.iteration}: validation per stream: {'; '.join(columns)} ({speed})"
-            )
+            begun = f" ({speed})" if progress.iteration else ""
+            self.note(f"step {progress.iteration}: {seen(progress.validation)}{begun}")
+
+
+def seen(validation: dict) -> str:
+    """A validation in one line."""
+    names = {
+        "main_loss": "main loss",
+        "loss": "loss",
+        "top1": "top-1",
+        "topk": "top-4",
+        "exit_loss": "early exit loss",
+        "exit_top1": "early exit top-1",
+    }
+    columns = [
+        f"{name} " + " ".join(f"{x:.3f}" for x in validation[key])
+        for key, name in names.items()
+        if key in validation
+    ]
+    line = "validation per stream: " + "; ".join(columns)
+    if "tokens_per_pass" in validation:
+        line += f"; {validation['tokens_per_pass']:.2f} tokens per pass"
+    if "decoded" in validation:
+        decoded = validation["decoded"]
+        line += f" (decoded {decoded['tokens_per_pass']:.2f}"
+        same = decoded.get("same_text")
+        line += ")" if same is None else f", {same} of {decoded['answers']} texts the plain ones)"
+    return line

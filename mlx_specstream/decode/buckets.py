@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 
 import mlx.core as mx
 
-MOST = 48  # traces kept
+MOST = 128  # traces kept
 
 
 def round_up(length: int) -> int:

@@ -241,11 +241,18 @@ def stream_logits(
 
 def guesses_of(seams: Seams, said: Said, chooser, count: int, place: int) -> Guesses:
     """The ``count`` likeliest tokens of each stream for the places from ``place`` on."""
-    change = None
+    logits, change, heat = said.logits, None, seams.streams.temperatures
+    if heat is not None:
+        heat = mx.array(heat)[:, None]  # [g, 1]
+        logits = logits / heat
     if seams.streams.config.condition_rank:
-        count = min(max(count, WIDE), said.logits.shape[-1])
-        change = lambda tokens: change_below(seams, said.hidden, tokens)  # noqa: E731
-    return chooser.guesses(said.logits, count, place, seams.draft_vocabulary, change)
+        count = min(max(count, WIDE), logits.shape[-1])
+
+        def change(tokens):
+            more = change_below(seams, said.hidden, tokens)
+            return more if heat is None else more / heat[..., None]
+
+    return chooser.guesses(logits, count, place, seams.draft_vocabulary, change)
 
 
 def _at_cut(run: Pass) -> mx.array:

@@ -147,19 +147,27 @@ class Evaluation:
         Args:
             progress: called with (prompts done, in all).
         """
+        self.warm_up()
+        while self.answered < len(self.questions):
+            self.decode_next()
+            progress(self.answered, len(self.questions))
+
+    def warm_up(self) -> None:
         for question in self.questions[:WARM_UP]:
             for way in self.ways:
                 decode(way, question.prompt.tokens, Record() if way.drafts else None)
-        for index, question in enumerate(self.questions):
-            turn, rows = index % len(self.ways), []
-            for way in [*self.ways[turn:], *self.ways[:turn]]:
-                record = Record() if way.drafts else None
-                answer = decode(way, question.prompt.tokens, record)
-                self.said[way.key, index] = [answer.tokens]
-                rows.append(row_of(way, index, 1, answer, record))
-            self.rows += rows
-            self.answered = index + 1
-            progress(self.answered, len(self.questions))
+
+    def decode_next(self) -> None:
+        """The next prompt, in every way."""
+        index, rows = self.answered, []
+        turn = index % len(self.ways)
+        for way in [*self.ways[turn:], *self.ways[:turn]]:
+            record = Record() if way.drafts else None
+            answer = decode(way, self.questions[index].prompt.tokens, record)
+            self.said[way.key, index] = [answer.tokens]
+            rows.append(row_of(way, index, 1, answer, record))
+        self.rows += rows
+        self.answered = index + 1
 
     def check_guesses(self, seams: Seams, text: str) -> None:
         """Accuracy of the streams in ``text``: that of the ``"data"`` or the ``"own answers"``."""

@@ -25,6 +25,7 @@ from .streams import Streams
 
 WEIGHTS, DESCRIPTION = "streams.safetensors", "streams.json"
 VOCABULARY = "draft_vocabulary"  # a tensor that is no parameter
+CALIBRATION = "calibration"  # an entry of streams.json that may be missing
 SAMPLES = 16  # weights read per sketched tensor
 SAME = 0.9999  # cosine of two sketches: above, the very same weights up to a cast to bf16
 ALIKE = 0.85  # above, the same weights quantised (2 bits: 0.91); other models lie near 0
@@ -92,6 +93,8 @@ def save_streams(
         "base": base,
         "training": training,
     }
+    if streams.temperatures is not None:
+        description[CALIBRATION] = {"temperatures": [float(t) for t in streams.temperatures]}
     weights = dict(tree_flatten(streams.parameters()))
     if streams.draft_vocabulary is not None:
         weights[VOCABULARY] = mx.array(streams.draft_vocabulary)
@@ -166,6 +169,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         dict(description["base"]["shapes"])
         if np.array(description["base"]["sketch"], dtype=np.float64).ndim != 1:
             raise ValueError("sketch must be a list of numbers")
+        _temperatures(description)
     except (KeyError, TypeError, ValueError) as error:  # BadArgument is a ValueError
         raise BadCheckpoint(f"[streams] {folder / DESCRIPTION} is damaged: {error}.") from None
     return description
@@ -208,6 +212,7 @@ def load_streams(
     V, token_width = weight_shape(embedding_of(model))
     shapes = stream_shapes(model, config)
     streams = Streams(config, hidden_size(model), shapes, token_width=token_width)
+    streams.temperatures = _temperatures(description)
     weights, _ = _read_weights(folder / WEIGHTS)
     vocabulary = weights.pop(VOCABULARY, None)
     if vocabulary is not None:
@@ -225,6 +230,17 @@ def load_streams(
     streams.load_weights(list(weights.items()))
     mx.eval(streams.parameters())
     return streams, note
+
+
+def _temperatures(description: dict[str, Any]) -> np.ndarray | None:
+    """Of the streams, float32 [g], if ``streams.json`` has them; raises what its reader catches."""
+    if CALIBRATION not in description:
+        return None
+    found = np.array(description[CALIBRATION]["temperatures"], dtype=np.float32)
+    g = description["config"].num_streams
+    if found.shape != (g,) or not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(f"temperatures must be {g} numbers > 0")
+    return found
 
 
 def _read_weights(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -143,9 +143,9 @@ class Seams:
         self._stock: list[tuple[nn.Module, type]] = []
         self.streams = streams
         self._swiglu = modules_with_swiglu(model.layers)
-        self.watch = Watch(model, *([streams] if streams else []))
+        self.watch = Watch(model, *([] if streams is None else [streams]))
         self.vocabulary_size = weight_shape(embedding_of(model))[0]
-        self.cut = self.num_layers - (streams.config.msa_layers if streams else 0)
+        self.cut = self.num_layers - (0 if streams is None else streams.config.msa_layers)
         self._swap(model, _ModelSeam)
         for table in tables_of(model):
             self._swap(table, _TableSeam)

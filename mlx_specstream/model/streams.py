@@ -80,6 +80,8 @@ class Streams(nn.Module):
     Attributes:
         draft_vocabulary: the only tokens that drafts may hold, int32 [F]; None: all V. No
             parameter: training does not see it.
+        temperatures: what the logits of each stream are divided by, float32 [g], so that its
+            probabilities are right on average; None: by nothing. No parameter either.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Streams(nn.Module):
         super().__init__()
         self._config = config
         self.draft_vocabulary: np.ndarray | None = None
+        self.temperatures: np.ndarray | None = None
         g = config.num_streams
         if not config.value_rotation:
             self.embeddings = embedding_scale * mx.random.normal((g, width))

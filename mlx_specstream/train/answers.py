@@ -21,8 +21,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from ..errors import BadArgument, BadData
-from ..model.checkpoint import fingerprint
 from .data import Example
+from .identity import identity
 
 GROUP = 128  # answers that are written to the file at once
 REPORT_EVERY = 15.0  # seconds
@@ -156,7 +156,7 @@ def _generate(model, tokenizer, prompts, how: SelfDistill, max_length, first) ->
 def _key(model, tokenizer, prompts, how: SelfDistill, max_length: int) -> str:
     settings = {k: v for k, v in asdict(how).items() if k != "cache"}
     ends = sorted(tokenizer.eos_token_ids)
-    made = hashlib.sha256(json.dumps([fingerprint(model), settings, ends, max_length]).encode())
+    made = hashlib.sha256(json.dumps([identity(model), settings, ends, max_length]).encode())
     for prompt in prompts:
         made.update(json.dumps(prompt).encode())
     return made.hexdigest()[:16]

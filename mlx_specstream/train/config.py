@@ -11,6 +11,7 @@ from ..config import PROJECTIONS
 from ..errors import BadArgument
 
 TARGETS = ("hard", "distill")
+ONLY = ("pruning",)
 LOSSLESS_DECAY = 0.8  # alpha_j of lossless mode: only their ratios matter there
 SHARED_ALPHA = 0.1  # alpha_j of shared mode beside alpha_0 = 1, as in the paper
 
@@ -57,16 +58,20 @@ class TrainConfig:
         hosts: positions per sequence that get streams in a step: a few each and many steps learn
             faster than all positions of few steps.
         learning_rate: peak rate of the LoRA; linear warm-up, then linear decay to zero.
-        embedding_rate: peak rate of P_j, as a multiple of ``learning_rate``.
+        embedding_rate: peak rate of P_j, as a multiple of ``learning_rate`` and of the RMS of the
+            hidden states that P_j is added to: 20 times the LoRA's rate was best at RMS 9 (docs/log.md).
         fine_tune: the LoRA that main stream and streams share (shared mode, alpha_0 = 1); None
             leaves the base as it is (lossless mode, alpha_0 = 0).
         target: ``"hard"`` (the text) or ``"distill"`` (the main stream's own distributions).
         alphas: alpha_j, the weight of each stream in the loss, or one for all. Without: 0.1 each in
             shared mode, 0.8 ** (j - 1) in lossless mode.
+        only: ``"pruning"`` trains the early-exit head and leaves all else as it is; None trains all.
         grad_checkpoint: make the layers' activations again for the gradient instead of keeping them.
         seed: of the initial values and of the order of the data.
         eval_every: steps between validations.
         save_every: steps between checkpoints.
+        patience: end the run after so many validations without progress, and take the values of the
+            best one (that before the first step included); None runs to the end and takes the last.
     """
 
     iters: int = 3000
@@ -75,14 +80,16 @@ class TrainConfig:
     grad_accumulation_steps: int = 1
     hosts: int = 16
     learning_rate: float = 1e-3
-    embedding_rate: float = 20.0
+    embedding_rate: float = 2.2
     fine_tune: FineTune | None = None
     target: str = "hard"
     alphas: tuple[float, ...] | None = None
+    only: str | None = None
     grad_checkpoint: bool = False
     seed: int = 0
     eval_every: int = 200
     save_every: int = 200
+    patience: int | None = None
 
     def __post_init__(self):
         for name in (
@@ -91,10 +98,14 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise BadArgument(f"[train] '{name}' must be >= 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "embedding_rate"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise BadArgument(f"[train] '{name}' must be > 0, got {getattr(self, name)}.")
         if self.seed < 0:
             raise BadArgument(f"[train] 'seed' must be >= 0, got {self.seed}.")
+        if self.patience is not None and self.patience < 1:
+            raise BadArgument(f"[train] 'patience' must be >= 1 validation, got {self.patience}.")
+        if self.only is not None and self.only not in ONLY:
+            raise BadArgument(f"[train] 'only' must be {' or '.join(ONLY)}, got '{self.only}'.")
         if self.minutes is not None and not self.minutes > 0:
             raise BadArgument(f"[train] 'minutes' must be > 0, got {self.minutes}.")
         if self.target not in TARGETS:

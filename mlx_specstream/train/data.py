@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import BadData
+from .report import DataReport
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,75 @@ class Batch:
 
 def read_examples(
     folder: Path, split: str, tokenizer, max_length: int
-) -> tuple[list[Example], int]:
-    """The examples of a split, and how many rows were cut to ``max_length`` or left out as too short.
+) -> tuple[list[Example], DataReport]:
+    """The examples of a split, and what was cut or left out.
 
     Raises:
-        BadData: no such file, an unreadable row (with file and line), or no usable row.
+        BadData: no such file, rows that cannot be read (the first one with file and line, and how many
+            there are), or no usable row.
     """
     path = split_file(folder, split)
-    examples, changed = [], 0
-    for number, row in read_rows(path):
-        example = to_example(row, tokenizer, f"{path}:{number}")
-        if len(example.tokens) > max_length:
-            example = Example(example.tokens[:max_length], example.start)
-            changed += 1
-        if len(example.hosts()):
-            examples.append(example)
-        else:
-            changed += 1
+    report = DataReport(path.name, max_length)
+
+    def found() -> Iterator[Example]:
+        for number, row in read_rows(path):
+            try:
+                yield to_example(row, tokenizer, f"{path}:{number}")
+            except BadData as error:
+                report.rows += 1
+                report.unreadable += 1
+                report.first_unreadable = report.first_unreadable or str(error)
+
+    examples = usable(found(), report)
+    if report.unreadable:
+        more = report.unreadable - 1
+        others = f" {more} more of {report.rows} rows cannot be read." if more else ""
+        raise BadData(report.first_unreadable + others)
     if not examples:
         raise BadData(
             f"[data] {path} has no row with at least two completion tokens to learn from."
         )
-    return examples, changed
+    return examples, report
+
+
+def usable(found: Iterable[Example], report: DataReport) -> list[Example]:
+    """The examples that there is something to learn from, cut to ``report.max_length`` tokens."""
+    examples, seen, most = [], set(), report.max_length
+    for example in found:
+        tokens, start = example.tokens, example.start
+        report.rows += 1
+        report.longest = max(report.longest, len(tokens))
+        if len(tokens) - start < 2:  # end of sequence alone
+            report.empty += 1
+            continue
+        if not len(example.hosts()):
+            report.short += 1
+            continue
+        if len(tokens) > most:
+            example = Example(tokens[:most], start)
+            if not len(example.hosts()):
+                report.no_room += 1
+                continue
+            report.cut += 1
+        name = digest([example])
+        report.duplicates += name in seen
+        seen.add(name)
+        report.tokens += len(example.tokens)
+        examples.append(example)
+    report.used = len(examples)
+    return examples
+
+
+def spread(number: int, count: int) -> list[int]:
+    """``count`` of the rows 0 .. number - 1, evenly apart: files are often sorted by task."""
+    count = min(count, number)
+    return [(2 * i + 1) * number // (2 * count) for i in range(count)]
+
+
+def in_both(train: list[Example], valid: list[Example]) -> int:
+    """How many of ``valid`` are in ``train``, too."""
+    known = {digest([example]) for example in train}
+    return sum(digest([example]) in known for example in valid)
 
 
 def has_split(folder: Path, split: str) -> bool:

@@ -42,12 +42,14 @@ def estimate(trainer: Trainer, train: list[Example], valid: list[Example]) -> Es
     step = min(steps) * config.grad_accumulation_steps
     held_out = trainer.held_out(valid)
     look = _seconds(lambda: trainer.evaluate(held_out[-1:])) * len(held_out)  # the longest of them
+    if trainer.look is not None:
+        look += _seconds(lambda: trainer.look(1))
     if config.minutes is not None:
         seconds = 60 * config.minutes * (1.0 - trainer.done)
     else:
         left = config.iters - trainer.iteration
         looks = config.iters // config.eval_every - trainer.iteration // config.eval_every
-        looks += config.iters % config.eval_every > 0
+        looks += (config.iters % config.eval_every > 0) + (not trainer.history)
         seconds = left * step + looks * look
     return Estimate(seconds, mx.get_peak_memory())
 

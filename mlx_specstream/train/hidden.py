@@ -50,7 +50,7 @@ class HiddenStates:
 
 
 def hidden_states(
-    seams: Seams, examples: list[Example], folder: Path, base: dict, note: Callable[[str], None]
+    seams: Seams, examples: list[Example], folder: Path, base: str, note: Callable[[str], None]
 ) -> HiddenStates:
     """Read the hidden states of ``examples`` from ``folder``, or make what is not there yet.
 
@@ -58,7 +58,7 @@ def hidden_states(
     groups of examples behind, and the next one goes on there.
 
     Args:
-        base: ``fingerprint`` of the base.
+        base: ``identity`` of the base.
 
     Raises:
         BadArgument: the disk has no room for them.

@@ -33,21 +33,34 @@ def new_streams(model: nn.Module, config: StreamConfig) -> Streams:
     return Streams(config, hidden_size(model), shapes, embedding_scale=1.0, token_width=narrow)
 
 
-def scale_embeddings(seams: Seams, examples: list[Example]) -> None:
-    """Make the initial P_j small against the hidden states they are added to."""
-    if seams.streams.config.value_rotation:
-        return
-    batch = make_batch(examples, [np.array(e.hosts()[:1]) for e in examples], 1)
-    hidden, _ = base_pass(seams, mx.array(batch.tokens))
-    rms = mx.sqrt(mx.mean(mx.square(hidden.astype(mx.float32))))
-    seams.streams.embeddings = EMBEDDING_SHARE * rms * seams.streams.embeddings
+def hidden_rms(seams: Seams, examples: list[Example]) -> float:
+    """RMS of M^{N-Ns}, the hidden states that P_j is added to: the median over host rows.
+
+    Not the mean over all rows: the first token of a text is far larger in most models (2.5 times in
+    our 14 M one, hundreds of times in some large ones), and streams never start there.
+    """
+    batch = make_batch(examples, [np.array(e.hosts()) for e in examples], 1)
+    cut_hidden, _ = base_pass(seams, mx.array(batch.tokens))
+    rms = mx.sqrt(mx.square(cut_hidden.astype(mx.float32)).mean(axis=-1))
+    chosen = np.take_along_axis(np.array(rms), batch.hosts, axis=1)
+    return float(np.median(chosen[batch.targets[:, 0] >= 0]))
+
+
+def scale_embeddings(seams: Seams, rms: float) -> None:
+    """Make the initial P_j small against the hidden states, of RMS ``rms``, they are added to."""
+    if not seams.streams.config.value_rotation:
+        seams.streams.embeddings = EMBEDDING_SHARE * rms * seams.streams.embeddings
     mx.eval(seams.streams.parameters())
 
 
 def begin_from(folder: Path, seams: Seams) -> str:
-    """Take over what fits of the streams in ``folder``; returns a line for the user."""
+    """Take over what fits of the streams in ``folder``; returns a line for the user.
+
+    Their draft vocabulary and temperatures come along where there are none yet.
+    """
     own = dict(tree_flatten(seams.streams.parameters()))
-    theirs = tree_flatten(load_streams(folder, seams.model)[0].parameters())
+    old = load_streams(folder, seams.model)[0]
+    theirs = tree_flatten(old.parameters())
     taken = [(name, x) for name, x in theirs if name in own and own[name].shape == x.shape]
     if not taken:
         raise BadArgument(
@@ -55,5 +68,9 @@ def begin_from(folder: Path, seams: Seams) -> str:
             "--msa-layers and --num-streams."
         )
     seams.streams.load_weights(taken, strict=False)
+    if seams.streams.draft_vocabulary is None:
+        seams.streams.draft_vocabulary = seams.draft_vocabulary = old.draft_vocabulary
+    if old.config.num_streams == seams.streams.config.num_streams:
+        seams.streams.temperatures = old.temperatures
     mx.eval(seams.streams.parameters())
     return f"{len(taken)} of {len(own)} arrays begin as in {folder}"

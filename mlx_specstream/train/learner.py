@@ -9,11 +9,19 @@ from ..model.streams import Streams
 
 
 class Learner(nn.Module):
-    """Everything that a run trains: the streams and, in shared mode, the LoRA of the model."""
+    """Everything that a run trains: the streams and, in shared mode, the LoRA of the model.
 
-    def __init__(self, streams: Streams, main_lora: list[nn.Module]):
+    Args:
+        only: ``"pruning"``: the early-exit head of the streams and nothing else.
+    """
+
+    def __init__(self, streams: Streams, main_lora: list[nn.Module], only: str | None = None):
         super().__init__()
         self.streams = streams
+        streams.unfreeze()  # an earlier run may have trained a part
+        if only == "pruning":
+            streams.freeze()
+            streams.early_exit.unfreeze()
         if main_lora:
             self.lora = main_lora
 

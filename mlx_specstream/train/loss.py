@@ -19,7 +19,7 @@ import numpy as np
 from ..model.projections import embedding_of
 from ..model.seams import Seams
 from .data import Batch
-from .passes import Hidden, run_batch
+from .passes import Hidden, main_pass, run_batch
 
 HEAD_ELEMENTS = 1 << 24  # logits held at once per chunk of the head (64 MB in fp32)
 
@@ -59,14 +59,34 @@ def stream_losses(seams: Seams, batch: Batch, target: str = "hard", main: bool =
     losses = losses * (targets >= 0)
     sums = losses.reshape(B, g, P).sum(axis=(0, 2))
     losses = sums / mx.maximum((targets >= 0).reshape(B, g, P).sum(axis=(0, 2)), 1)
-    exit_loss = mx.array(0.0)
+    early_exit = mx.array(0.0)
     if seams.streams.config.prune_rank:
-        at_hosts = mx.take_along_axis(hidden.cut, hosts[:, :, None], axis=1)
-        rows = seams.streams.exit_hidden(mx.stop_gradient(at_hosts))
-        used = targets[:, :P] >= 0  # padding of hosts has no target
-        exit_losses = loss(seams, exit_labels)(rows) * used
-        exit_loss = exit_losses.sum() / mx.maximum(used.sum(), 1)
-    return Losses(losses, exit_loss, main_loss(seams, batch, hidden) if main else mx.array(0.0))
+        early_exit = _exit_loss(seams, batch, hidden, loss, exit_labels)
+    return Losses(losses, early_exit, main_loss(seams, batch, hidden) if main else mx.array(0.0))
+
+
+def exit_loss(seams: Seams, batch: Batch, target: str = "hard") -> mx.array:
+    """The loss of the early exit alone [], as in ``stream_losses``; no stream runs for it."""
+    hosts, passed = (
+        mx.array(batch.hosts),
+        main_pass(seams, mx.array(batch.tokens), batch.cut_hidden),
+    )
+    hidden = Hidden(passed.cut_hidden, passed.last_hidden, None)
+    if target == "distill":
+        return _exit_loss(seams, batch, hidden, soft_loss, _main_at(hidden, hosts, [0]))
+    return _exit_loss(seams, batch, hidden, hard_loss, _following(batch.tokens, hosts))
+
+
+def _exit_loss(seams: Seams, batch: Batch, hidden: Hidden, loss: Callable, labels) -> mx.array:
+    rows = mx.stop_gradient(_at_hosts(hidden.cut, mx.array(batch.hosts)))
+    used = mx.array(batch.targets[:, 0] >= 0)  # padding of hosts has no target
+    losses = head_losses(seams, loss, seams.streams.exit_hidden(rows), labels) * used
+    return losses.sum() / mx.maximum(used.sum(), 1)
+
+
+def _at_hosts(cut_hidden: mx.array, hosts: mx.array) -> mx.array:
+    """[B, L, E] -> [B, P, E]"""
+    return mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)
 
 
 def main_loss(seams: Seams, batch: Batch, hidden: Hidden) -> mx.array:
@@ -169,20 +189,19 @@ def evaluate(
 
     Returns:
         {"loss": [g], "top1": [g], "topk": [g]} over all valid targets; with ``main`` also
-        {"main_loss": [1]} over all tokens of the completions.
+        {"main_loss": [1]} over all tokens of the completions; with an early exit also
+        {"exit_loss": [1], "exit_top1": [1]} of the next token at the hosts.
     """
     g = seams.streams.config.num_streams
     total, loss, top1, topk = (np.zeros(g) for _ in range(4))
     main_total = main_sum = 0.0
+    exits = np.zeros(3)  # loss, right, hosts
     for batch in batches:
         states, hosts = run_batch(seams, batch), mx.array(batch.hosts)
         hidden = given_text(seams, states.streams, mx.array(batch.tokens), hosts)
         B, _, P = batch.targets.shape
-        logits = seams.head(hidden).astype(mx.float32)
         targets = mx.array(batch.targets.reshape(B, g * P))
-        own = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)
-        rank = (logits > own).sum(axis=-1)
-        nll = mx.logsumexp(logits, axis=-1) - own[..., 0]
+        nll, rank = _judged(seams, hidden, targets)
         valid = (targets >= 0).reshape(B, g, P)
         for sums, value in (
             (loss, nll),
@@ -195,10 +214,27 @@ def evaluate(
             count = int((batch.labels >= 0).sum())
             main_sum += main_loss(seams, batch, states).item() * count
             main_total += count
+        if seams.streams.config.prune_rank:
+            rows = seams.streams.exit_hidden(_at_hosts(states.cut, hosts))
+            nll, rank = _judged(seams, rows, _following(batch.tokens, hosts))
+            used = valid[:, 0]
+            exits += [((x * used).sum()).item() for x in (nll, rank < 1, mx.ones_like(nll))]
     total = np.maximum(total, 1)
     found = {
         "loss": (loss / total).tolist(),
         "top1": (top1 / total).tolist(),
         "topk": (topk / total).tolist(),
     }
-    return {**found, "main_loss": [main_sum / max(main_total, 1)]} if main else found
+    if main:
+        found["main_loss"] = [main_sum / max(main_total, 1)]
+    if seams.streams.config.prune_rank:
+        hosts = max(exits[2], 1)
+        found |= {"exit_loss": [exits[0] / hosts], "exit_top1": [exits[1] / hosts]}
+    return found
+
+
+def _judged(seams: Seams, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Of last states [B, r, E]: -log P(target) and how many tokens are likelier, both [B, r]."""
+    logits = seams.head(hidden).astype(mx.float32)
+    own = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)
+    return mx.logsumexp(logits, axis=-1) - own[..., 0], (logits > own).sum(axis=-1)

@@ -6,9 +6,9 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,15 +18,19 @@ from ..config import StreamConfig
 from ..errors import BadArgument
 from ..model.checkpoint import fingerprint, read_description, save_streams
 from ..model.projections import embedding_of, weight_shape
-from ..model.seams import attach
+from ..model.seams import Seams, attach
 from ..model.support import ONE_MASK, check_supported
 from .answers import SelfDistill, answered
+from .calibration import fit_temperatures
 from .config import TrainConfig
-from .data import Example, digest, has_split, read_examples
+from .data import Example, digest, has_split, in_both, read_examples, spread
 from .estimate import estimate
 from .hidden import hidden_states
+from .identity import identity
 from .initial import begin_from as take_over
-from .initial import new_streams, scale_embeddings
+from .initial import hidden_rms, new_streams, scale_embeddings
+from .record import ancestry, versions, write_record
+from .report import DataReport
 from .shared import Destination, add_lora, fuse, save_fused
 from .trainer import CHECKPOINT, Progress, Trainer
 from .vocabulary import from_examples
@@ -34,15 +38,32 @@ from .vocabulary import from_examples
 MAX_HELD_OUT = 200  # rows taken from the training data where there is no validation file
 
 
-def default_msa_layers(num_layers: int) -> int:
-    """A quarter of the layers, at most four: more cost a pass more than they bring."""
-    return max(1, min(4, num_layers // 4))
+class Look(Protocol):
+    """What a run's validations see besides losses: the package's other half, which decodes.
+
+    Called between steps; what it does to the model it must undo.
+    """
+
+    def prepare(self, seams: Seams, valid: list[Example]) -> None:
+        """Before the run."""
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """At validation ``number`` (0: before the first step); the result goes into the history."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples to train on and held-out ones, and what was wrong with the rows."""
+
+    train: list[Example]
+    valid: list[Example]
+    reports: list[DataReport]
 
 
 def train_streams(
     model: nn.Module,
     tokenizer,
-    data: Path,
+    data: Path | Data,
     out: Path,
     streams: StreamConfig,
     config: TrainConfig,
@@ -54,8 +75,11 @@ def train_streams(
     draft_vocabulary: int = 0,
     resume: bool = False,
     begin_from: Path | None = None,
+    dry_run: bool = False,
+    look: Look | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    saved: Callable[[dict[str, Any]], None] = lambda about: None,
 ) -> dict[str, Any]:
     """Train streams for a model and write them to ``out``.
 
@@ -64,7 +88,7 @@ def train_streams(
     A finished streams folder in ``out`` stays as it is until the new run is finished.
 
     Args:
-        data: folder with train.jsonl[.gz] and, if there is one, valid.jsonl[.gz].
+        data: folder with train.jsonl[.gz] and, if there is one, valid.jsonl[.gz]; or what was read.
         fused: where shared mode puts the model.
         self_distill: train on the base's own answers to the prompts of the data.
         cache_hidden: folder for the hidden states of the frozen lower layers, which are then made
@@ -75,23 +99,28 @@ def train_streams(
         resume: go on from the checkpoint in ``out``.
         begin_from: a streams folder of this base whose arrays are the initial values, as far as names
             and shapes agree; what it lacks begins as usual.
+        dry_run: say what there is to say before a run, and stop there. Nothing is written.
+        look: looked at with every validation.
         report: called after every step; ``note``: called with lines for the user.
+        saved: called with the content of ``train.json`` after every checkpoint.
 
     Returns:
-        What is stored as ``training`` in streams.json.
+        What is stored as ``training`` in streams.json (of a dry run: as far as it is known).
 
     Raises:
         BadData, BadArgument, BadCheckpoint, UnsupportedModel
     """
-    _check(model, streams, config, fused, cache_hidden, max_length, draft_vocabulary)
-    train, valid = _read(data, tokenizer, max_length, note)
-    if self_distill is not None:
+    _check(model, streams, config, fused, cache_hidden, max_length, draft_vocabulary, begin_from)
+    if isinstance(data, Path):
+        data = read_data(data, tokenizer, max_length, note)
+    train, valid = data.train, data.valid
+    if self_distill is not None and not dry_run:
         train, valid = (
             answered(model, tokenizer, some, self_distill, out, max_length, note)
             for some in (train, valid)
         )
     mx.random.seed(config.seed)
-    base = fingerprint(model)
+    base, name = fingerprint(model), identity(model)
     main_lora = add_lora(model, config.fine_tune, streams.msa_layers) if config.fine_tune else []
     parameters = new_streams(model, streams)
     if draft_vocabulary:
@@ -100,51 +129,104 @@ def train_streams(
         )
         note(line)
     seams = attach(model, parameters)
-    scale_embeddings(seams, train[: config.batch_size])
+    rms = hidden_rms(seams, train[: config.batch_size])
+    scale_embeddings(seams, rms)
     if begin_from is not None:
         note(take_over(begin_from, seams))
-    trainer = Trainer(seams, config, out, base, main_lora)
+    trainer = Trainer(seams, config, out, base, main_lora, hidden_rms=rms, look=look)
+    extra, line = _sizes(trainer)
+    note(f"{len(train)} rows to train on, {len(valid)} held out; {line}")
     if resume:
         trainer.resume(digest(train, valid))
         note(f"resumed at step {trainer.iteration}")
-    elif (out / CHECKPOINT).exists():
+    if look is not None:
+        look.prepare(seams, valid)
+    about = {
+        "mode": config.mode,
+        "config": config.to_json(),
+        "parameters": extra,
+        "hidden_rms": trainer.hidden_rms,
+        "data": digest(train, valid),
+        "self_distilled": self_distill is not None,
+        "began_from": None
+        if begin_from is None
+        else ancestry(read_description(begin_from)["training"]),
+        "versions": versions(),
+    }
+    if dry_run:
+        note(f"{estimate(trainer, train, valid)}; nothing was trained (--dry-run)")
+        return about
+    if not resume and (out / CHECKPOINT).exists():
         note(
             f"{out / CHECKPOINT} of an earlier run will be replaced (--resume would go on with it)"
         )
-    extra = sum(v.size for _, v in tree_flatten(parameters.parameters()))
-    trained = sum(v.size for _, v in tree_flatten(trainer.learner.trainable_parameters()))
-    inside = f", {trained - extra:,} in the model's LoRA" if main_lora else ""
-    note(
-        f"{len(train)} rows to train on, {len(valid)} held out; {extra:,} parameters in the streams"
-        f"{inside}"
-    )
-    if not trained:
-        raise BadArgument("[train] nothing to train: no LoRA, no embeddings; use --lora-rank.")
     out.mkdir(parents=True, exist_ok=True)  # an output that cannot be written fails before the run
     if cache_hidden is not None:
-        trainer.hidden = hidden_states(seams, train, cache_hidden, base, note)
+        trainer.hidden = hidden_states(seams, train, cache_hidden, name, note)
+
+    def keep_record(**more: Any) -> None:
+        seconds = {"steps": trainer.iteration, "seconds": round(trainer.seconds, 1)}
+        files = {"files": [counted.to_json() for counted in data.reports]}
+        found = {**about, **seconds, **files, "streams": streams.to_json(), "finished": False}
+        found |= {"history": trainer.history, **more}
+        write_record(out, found)
+        saved(found)
+
+    trainer.saved = keep_record
     with stop_between_steps(trainer):
         if trainer.done < 1.0:
             note(f"{estimate(trainer, train, valid)}")
         trainer.run(train, valid, report)
-    about = {
-        "mode": config.mode,
-        "steps": trainer.iteration,
-        "seconds": round(trainer.seconds, 1),
-        "config": config.to_json(),
-        "parameters": extra,
-        "self_distilled": self_distill is not None,
-        "began_from": None if begin_from is None else read_description(begin_from)["training"],
-        "validation": trainer.history[-1] if trainer.history else None,
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-specstream")},
-    }
+    about |= _outcome(trainer, valid, note)
     if fused is not None:
         model = fuse(model, fused.dequantize)
         save_fused(model, tokenizer, fused)
         base = fingerprint(model)
         attach(model, parameters)
     save_streams(out, parameters, base, about)
+    calibration = {}
+    if parameters.temperatures is not None:
+        calibration = {"temperatures": parameters.temperatures.tolist()}
+    keep_record(finished=True, **calibration)
     (out / CHECKPOINT).unlink(missing_ok=True)
+    return about
+
+
+def _sizes(trainer: Trainer) -> tuple[int, str]:
+    """How many parameters the streams have, and a line that says so; raises if none is trained."""
+    count = lambda tree: sum(v.size for _, v in tree_flatten(tree))  # noqa: E731
+    extra = count(trainer.seams.streams.parameters())
+    trained = count(trainer.learner.trainable_parameters())
+    if not trained:
+        raise BadArgument("[train] nothing to train: no LoRA, no embeddings; use --lora-rank.")
+    line = f"{extra:,} parameters in the streams"
+    if trainer.config.only:
+        line += f", {trained:,} of them trained"
+    elif trained > extra:
+        line += f", {trained - extra:,} in the model's LoRA"
+    return extra, line
+
+
+def _outcome(trainer: Trainer, valid: list[Example], note: Callable[[str], None]) -> dict[str, Any]:
+    """Take the values that the run is for, fit the temperatures; what there is to say about it."""
+    config, streams = trainer.config, trainer.seams.streams
+    if trainer.done < 1.0:
+        note(f"no progress in {config.patience} validations: stopped at step {trainer.iteration}")
+    taken = trainer.take_best()
+    if config.patience is not None:
+        note(f"the streams of step {taken} are taken, the best on the held-out rows")
+    found = next(h for h in reversed(trainer.history) if h["iteration"] == taken)
+    about = {
+        "steps": trainer.iteration,
+        "seconds": round(trainer.seconds, 1),
+        "taken": taken,
+        "validation": {name: value for name, value in found.items() if name != "seconds"},
+    }
+    if config.only is None:
+        streams.temperatures, about["calibration"] = fit_temperatures(
+            trainer.seams, trainer.held_out(valid)
+        )
+        note("temperatures of the streams: " + " ".join(f"{t:.2f}" for t in streams.temperatures))
     return about
 
 
@@ -156,6 +238,7 @@ def _check(
     cache_hidden: Path | None,
     max_length: int,
     draft_vocabulary: int,
+    begin_from: Path | None,
 ) -> None:
     """What cannot end well does not begin."""
     check_supported(model)
@@ -185,6 +268,11 @@ def _check(
             "[train] 'cache_hidden' needs lower layers that do not change; in shared mode give the LoRA "
             f"to the MSA layers alone (--num-layers {streams.msa_layers})."
         )
+    if config.only == "pruning" and not (streams.prune_rank and begin_from and not fine_tune):
+        raise BadArgument(
+            "[train] 'only' pruning trains the early-exit head of finished streams: begin from some, in "
+            "lossless mode, with a --prune-rank."
+        )
     if max_length < 3:
         raise BadArgument(f"[train] 'max_seq_length' must be >= 3 tokens, got {max_length}.")
     if draft_vocabulary < 0:
@@ -212,14 +300,22 @@ def stop_between_steps(trainer: Trainer):
             signal.signal(number, handler)
 
 
-def _read(data: Path, tokenizer, max_length: int, note) -> tuple[list[Example], list[Example]]:
-    train, changed = read_examples(data, "train", tokenizer, max_length)
-    if changed:
-        note(f"{changed} training rows were cut to {max_length} tokens or left out as too short")
+def read_data(data: Path, tokenizer, max_length: int, note: Callable[[str], None]) -> Data:
+    """What is in a folder, after saying what cannot be used of it."""
+    train, report = read_examples(data, "train", tokenizer, max_length)
+    reports = [report]
     if has_split(data, "valid"):
-        return train, read_examples(data, "valid", tokenizer, max_length)[0]
-    if len(train) < 2:
+        valid, other = read_examples(data, "valid", tokenizer, max_length)
+        other.trained_on = in_both(train, valid)
+        reports.append(other)
+    elif len(train) < 2:
         raise BadArgument(f"[train] {data} has one training row and no validation file; add rows.")
-    held_out = min(MAX_HELD_OUT, max(1, len(train) // 20))
-    note(f"no valid.jsonl: {held_out} training rows are held out for validation")
-    return train[:-held_out], train[-held_out:]
+    else:
+        chosen = spread(len(train), min(MAX_HELD_OUT, max(1, len(train) // 20)))
+        valid = [train[number] for number in chosen]
+        train = [e for number, e in enumerate(train) if number not in chosen]
+    for line in (line for found in reports for line in found.lines()):
+        note(line)
+    if len(reports) == 1:
+        note(f"no valid.jsonl: {len(valid)} training rows are held out for validation")
+    return Data(train, valid, reports)

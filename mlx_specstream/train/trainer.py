@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,15 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..errors import BadArgument, BadCheckpoint
+from ..errors import BadCheckpoint
 from ..model.checkpoint import compare, fingerprint, save_tensors
 from ..model.seams import Seams
 from .config import TrainConfig
-from .data import Batch, Example, batches, digest, make_batch
+from .data import Batch, Example, batches, digest, make_batch, spread
+from .health import Health
 from .hidden import HiddenStates
 from .learner import Learner
-from .loss import evaluate, stream_losses
+from .loss import evaluate, exit_loss, stream_losses
 from .recompute import Recompute
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -33,7 +33,9 @@ WARM_UP = 0.03  # of the run
 VALID_ROWS = 200  # examples that validation reads
 VALID_HOSTS = 8  # host rows read of each
 TOP_K = 4  # the accuracy reported beside top-1
-CHANGEABLE = ("iters", "minutes", "grad_checkpoint")  # by a run that goes on with another
+PROGRESS = 1e-3  # of the validation loss: less is none
+# By a run that goes on with another.
+CHANGEABLE = ("iters", "minutes", "grad_checkpoint", "eval_every", "save_every", "patience")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class Progress:
 
     Args:
         iteration: steps done; done: share of the run, 0..1; seconds: of training so far.
-        losses: of each stream [g]; main_loss: of the main stream (shared mode), or None.
+        losses: of each stream [g] (of the early exit [1], if it is all that is trained); none before
+            the first step. main_loss: of the main stream (shared mode), or None.
         tokens_per_second: of the training rows, prompts counted and padding not, since the start.
         peak_memory: most memory in use so far, GB.
-        validation: of ``evaluate``, if it ran.
+        validation: of ``Trainer.validate``, if it ran.
     """
 
     iteration: int
@@ -55,7 +58,7 @@ class Progress:
     main_loss: float | None = None
     tokens_per_second: float = 0.0
     peak_memory: float = 0.0
-    validation: dict[str, list[float]] | None = None
+    validation: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -68,6 +71,14 @@ class Trainer:
         base: ``fingerprint`` of the base, which a checkpoint must match.
         main_lora: the modules of the model that are trained, too (shared mode).
         hidden: the hidden states of the training rows, if they are known.
+        hidden_rms: of the hidden states that P_j is added to.
+        look: called with the number of every validation; what it returns is kept with it.
+
+    Attributes:
+        saved: called after every checkpoint.
+        history: of every validation, that before the first step included: ``iteration``, ``seconds``,
+            ``train_loss`` (mean of the steps since the one before, per stream), what ``evaluate`` and
+            ``look`` found.
     """
 
     def __init__(
@@ -78,12 +89,19 @@ class Trainer:
         base: dict[str, Any] | None = None,
         main_lora: list[nn.Module] = (),
         hidden: HiddenStates | None = None,
+        hidden_rms: float = 1.0,
+        look: Callable[[int], dict[str, Any]] | None = None,
     ):
         self.seams, self.config, self.folder, self.hidden = seams, config, folder, hidden
+        self.hidden_rms, self.look = hidden_rms, look
+        self.saved: Callable[[], None] = lambda: None
         self.base = fingerprint(seams.model) if base is None else base
-        self.learner = Learner(seams.streams, list(main_lora))
+        self.learner = Learner(seams.streams, list(main_lora), config.only)
         self.iteration, self.seconds, self.history, self.data = 0, 0.0, [], ""
+        self.best: dict[str, mx.array] | None = None  # with patience: of the best validation
+        self.since: list[list[float]] = []  # losses of the steps since the last validation
         self.stop_requested = False
+        self.health = Health(config.learning_rate)
         self.recompute = Recompute(seams, self.learner) if config.grad_checkpoint else None
         fast = lambda name, _: name.startswith("streams.embeddings")  # noqa: E731
         self.optimizer = optim.MultiOptimizer(
@@ -98,11 +116,14 @@ class Trainer:
         shared = config.fine_tune is not None
 
         def loss(batch):
-            losses, exit_loss, main = stream_losses(seams, batch, config.target, main=shared)
+            if config.only == "pruning":
+                total = exit_loss(seams, batch, config.target)
+                return total, total.reshape(1), mx.array(0.0)
+            losses, of_exit, main = stream_losses(seams, batch, config.target, main=shared)
             total = (losses * weights).sum()
             # Without the main stream's loss beside it the scale is free: a mean over streams.
             total = main + total if shared else total / weights.sum()
-            return total + exit_loss, losses, main
+            return total + of_exit, losses, main
 
         self._gradient = nn.value_and_grad(self.learner, loss)
 
@@ -113,38 +134,47 @@ class Trainer:
             return min(1.0, self.seconds / (60 * self.config.minutes))
         return min(1.0, self.iteration / self.config.iters)
 
+    @property
+    def patience_left(self) -> float:
+        """Validations without progress that the run may still see."""
+        if self.config.patience is None:
+            return float("inf")
+        best = self._best_validation()
+        return self.config.patience - (0 if best is None else len(self.history) - 1 - best)
+
     def run(self, train: list[Example], valid: list[Example], report: Callable[[Progress], None]):
         """Train to the end of the run (or go on with it). Set ``stop_requested`` to end it early.
 
         Args:
-            report: called after every step.
+            report: called once before the first step, with the validation of what streams begin with,
+                and after every step.
 
         Raises:
-            BadArgument: the loss became NaN or infinite (the advice is in the message).
+            BadArgument: the loss became NaN or infinite, or diverges (the advice is in the message).
             KeyboardInterrupt: ``stop_requested``; the checkpoint is written.
         """
         self.data = digest(train, valid)
         config, source, held_out = self.config, self.source(train), self.held_out(valid)
+        if not self.history:
+            first = self.validate(held_out)
+            report(Progress(self.iteration, self.done, self.seconds, [], validation=first))
         clock, tokens, begun = time.perf_counter() - self.seconds, 0, self.seconds
-        while self.done < 1.0:
+        while self.done < 1.0 and self.patience_left > 0:
             if self.stop_requested:  # between two steps, so that what is saved is whole
                 self.save()
                 raise KeyboardInterrupt
             some = list(islice(source, config.grad_accumulation_steps))
             losses, main = self.step(*some)
-            if not all(map(math.isfinite, [*losses, main])):
-                raise BadArgument(
-                    f"[train] the loss became {losses} at step {self.iteration}; train with a lower "
-                    f"--learning-rate than {config.learning_rate}."
-                )
+            self.health.check_progress(self.iteration, sum(losses) / len(losses) + main)
+            self.since.append(losses)
             self.seconds = time.perf_counter() - clock
             tokens += sum(batch.num_tokens for batch in some)
             validation = None
             if self.iteration % config.eval_every == 0 or self.done >= 1.0:
-                validation = self.evaluate(held_out)
-                self.history.append({"iteration": self.iteration, **validation})
+                validation = self.validate(held_out)
                 self.seconds = time.perf_counter() - clock  # a user waits for it too
-            if self.iteration % config.save_every == 0 or self.done >= 1.0:
+            ends = self.done >= 1.0 or self.patience_left <= 0
+            if self.iteration % config.save_every == 0 or ends:
                 self.save()
             report(
                 Progress(
@@ -183,6 +213,39 @@ class Trainer:
     def evaluate(self, held_out: list[Batch]) -> dict[str, list[float]]:
         return evaluate(self.seams, held_out, TOP_K, main=self.config.fine_tune is not None)
 
+    def validate(self, held_out: list[Batch]) -> dict[str, Any]:
+        """Look at what there is now; the new last entry of ``history``."""
+        found = self.evaluate(held_out)
+        self.health.check_finite(self.iteration, **{"validation loss": found["loss"]})
+        if self.look is not None:
+            found |= self.look(len(self.history))
+        means = [sum(column) / len(self.since) for column in zip(*self.since, strict=True)]
+        at = {"iteration": self.iteration, "seconds": round(self.seconds, 3), "train_loss": means}
+        self.history.append({**at, **found})
+        self.since = []
+        if self.config.patience is not None and self._best_validation() == len(self.history) - 1:
+            self.best = dict(tree_flatten(self.learner.trainable_parameters()))
+        return self.history[-1]
+
+    def _best_validation(self) -> int | None:
+        """Index in ``history`` of the best one; one that is hardly better does not count."""
+        best, least = None, float("inf")
+        for index, found in enumerate(self.history):
+            if self.config.only == "pruning":
+                loss = found["exit_loss"][0]
+            else:
+                loss = sum(found["loss"]) / len(found["loss"]) + sum(found.get("main_loss", []))
+            if best is None or loss < least - PROGRESS * abs(least):
+                best, least = index, loss
+        return best
+
+    def take_best(self) -> int:
+        """Go back to the values of the best validation, if they were kept; returns their step."""
+        if self.best is None:
+            return self.iteration
+        self.learner.update(tree_unflatten(list(self.best.items())))
+        return self.history[self._best_validation()]["iteration"]
+
     def step(self, *some: Batch) -> tuple[list[float], float]:
         """One update from the mean gradient of some batches; returns the losses of the streams and of
         the main stream."""
@@ -190,7 +253,8 @@ class Trainer:
             (self.done + 1e-3) / WARM_UP, (1.0 - self.done) / (1.0 - WARM_UP)
         )
         embeddings, lora = self.optimizer.optimizers
-        embeddings.learning_rate, lora.learning_rate = rate * self.config.embedding_rate, rate
+        embeddings.learning_rate = rate * self.config.embedding_rate * self.hidden_rms
+        lora.learning_rate = rate
         gradient, losses, main = self.gradient(some[0])
         for batch in some[1:]:
             more = self.gradient(batch)
@@ -202,11 +266,14 @@ class Trainer:
             )
         if len(some) > 1:
             gradient = tree_map(lambda x: x / len(some), gradient)
-        gradient, _ = optim.clip_grad_norm(gradient, max_norm=1.0)
+        gradient, norm = optim.clip_grad_norm(gradient, max_norm=1.0)
+        of_streams, of_main = (losses / len(some)).tolist(), main.item() / len(some)
+        number = self.iteration + 1
+        self.health.check_finite(number, loss=[*of_streams, of_main], gradient=norm.item())
         self.optimizer.update(self.learner, gradient)
         mx.eval(self.learner.trainable_parameters(), self.optimizer.state)
         self.iteration += 1
-        return (losses / len(some)).tolist(), main.item() / len(some)
+        return of_streams, of_main
 
     def gradient(self, batch: Batch) -> tuple[dict, mx.array, mx.array]:
         """Gradient, losses of the streams [g] and of the main stream []; nothing is updated."""
@@ -227,6 +294,8 @@ class Trainer:
             "iteration": self.iteration,
             "seconds": self.seconds,
             "history": self.history,
+            "since": self.since,
+            "hidden_rms": self.hidden_rms,
             "streams": self.seams.streams.config.to_json(),
             "config": self.config.to_json(),
             "base": self.base,
@@ -234,10 +303,14 @@ class Trainer:
         }
         temporary = self.folder / f".{CHECKPOINT}.tmp.safetensors"
         save_tensors(temporary, self._state(), {"about": json.dumps(about)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a power cut must not leave a name without content
         os.replace(temporary, self.folder / CHECKPOINT)
+        self.saved()
 
     def _state(self) -> dict[str, mx.array]:
         return {
+            **{f"best.{k}": v for k, v in (self.best or {}).items()},
             **{f"learner.{k}": v for k, v in tree_flatten(self.learner.trainable_parameters())},
             **{f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer.state)},
         }
@@ -259,7 +332,9 @@ class Trainer:
         try:
             state, metadata = mx.load(str(path), return_metadata=True)
             about = json.loads(metadata["about"])
-        except (RuntimeError, KeyError, ValueError) as error:
+            if not {"streams", "config", "base", "history", "since", "hidden_rms"} <= about.keys():
+                raise ValueError("it is of another version of mlx-specstream")
+        except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             line = str(error).splitlines()[0]
             raise BadCheckpoint(
                 f"[train] {path} cannot be read: {line}; start without --resume."
@@ -274,10 +349,11 @@ class Trainer:
                         f"[train] {path} was made with {key} = {about[name].get(key)}, not {value}; "
                         "resume with the same settings."
                     )
+        known = {name for name in state if not name.startswith("best.")}
         for what, same in (
             ("of another base", compare(about["base"], self.base)[0] == "same"),
             ("of other data", about.get("data") == data),
-            ("of another version of mlx-specstream", state.keys() == self._state().keys()),
+            ("of another version of mlx-specstream", known == self._state().keys()),
         ):
             if not same:
                 raise BadCheckpoint(f"[train] {path} is {what}; start without --resume.")
@@ -287,13 +363,17 @@ class Trainer:
         self.learner.update(part("learner."))
         self.optimizer.state = part("optimizer.")
         self.iteration, self.seconds = about["iteration"], about["seconds"]
-        self.history = about["history"]
+        self.history, self.since = about["history"], about["since"]
+        self.hidden_rms = about["hidden_rms"]
+        best = {k.removeprefix("best."): v for k, v in state.items() if k not in known}
+        self.best = best or None
 
 
 def validation_batches(examples: list[Example], size: int, num_streams: int) -> list[Batch]:
     """The same few hosts of the same examples, every time."""
     rng = np.random.default_rng(0)
-    chosen = sorted(examples[:VALID_ROWS], key=lambda e: len(e.tokens))
+    chosen = [examples[number] for number in spread(len(examples), VALID_ROWS)]
+    chosen.sort(key=lambda e: len(e.tokens))
     picked = [np.sort(rng.permutation(np.array(e.hosts()))[:VALID_HOSTS]) for e in chosen]
     return [
         make_batch(chosen[i : i + size], picked[i : i + size], num_streams)

@@ -1,0 +1,94 @@
+"""Train every row of the headline table, each for the same time. Can be killed and started again.
+
+    python benchmarks/paper/train_all.py --work WORK --base M --minutes 60 --seeds 0 1 2
+
+``--dry-run`` prints the commands and the time they take.
+"""
+
+import study  # first: it finds a fast BLAS  # isort: skip
+import argparse
+import sys
+from pathlib import Path
+
+from study import Run, script_command, train_command
+
+# What the rows are; sizes on this base (hidden 384, one MSA layer: 6,784 parameters per rank of LoRA).
+LOSSLESS = {
+    # at most 50 k parameters: 1,536 + 4 * 6,784 + 4 * 4,612 = 47,120
+    "small": {"num_streams": 4, "msa_layers": 1, "lora_rank": 4, "condition_rank": 4},
+    # at most 4 MB: 2,304 + 64 * 6,784 + 64 * 6,918 = 879,232 numbers, 3.5 MB
+    "best": {"num_streams": 6, "msa_layers": 1, "lora_rank": 64, "condition_rank": 64},
+}
+SHARED = {
+    "shared-v1": {"mode": "shared", "num_streams": 4, "msa_layers": 2, "lora_rank": 32},
+    "shared-p": {
+        **{"mode": "shared", "num_streams": 4, "msa_layers": 2, "lora_rank": 32},
+        "main_sees_streams": True,
+    },
+    # The control: plain LoRA fine-tuning on the same rows in the same order. Its one stream weighs nothing
+    # in the loss and, as the main stream does not see it, changes nothing.
+    "lora": {
+        **{"mode": "shared", "num_streams": 1, "msa_layers": 1, "lora_rank": 32},
+        "alpha": 1e-9,
+    },
+}
+HEADS, DRAFT = ("medusa", "medusa-shared-head"), "draft-model"
+ROWS = (*LOSSLESS, *SHARED, *HEADS, DRAFT)
+
+
+def folder_of(row: str, task: str, work: Path, seed: int) -> Path:
+    return work / task / f"rows/{row}-{seed}"
+
+
+EVERY = {"eval_every": 1000, "save_every": 200}
+
+
+def row_run(row: str, task: str, work: Path, base: Path, minutes: float, seed: int) -> Run:
+    """The run that makes a row."""
+    out, own = folder_of(row, task, work, seed), work / task / "own"
+    reference, target = work / task / "reference", study.base_of(task, work, base)
+    if row in SHARED:  # a fine-tuned model is its result, so it starts from what was not tuned yet
+        flags = {**SHARED[row], "fused_path": out / "model", "seed": seed, **EVERY}
+        command = train_command(base, reference, out, minutes, **flags)
+        return Run(out, command, "streams.json", minutes, [reference / "train.jsonl"])
+    needs = [own / "train.jsonl"]
+    if row in LOSSLESS:
+        flags = {**LOSSLESS[row], "seed": seed, **EVERY}
+        command = train_command(target, own, out, minutes, **flags)
+        return Run(out, command, "streams.json", minutes, needs)
+    flags = {"model": target, "data": own, "out": out, "minutes": minutes, "seed": seed}
+    if row == DRAFT:
+        command = script_command("draft_model.py", **flags)
+        return Run(out, command, "config.json", minutes, needs)
+    command = script_command("medusa.py", **flags, shared_head=row == HEADS[1])
+    return Run(out, command, "medusa.json", minutes, needs)
+
+
+def base_run(task: str, work: Path, base: Path, minutes: float) -> Run:
+    """Shared mode as the way to a base for a task that it knows nothing of."""
+    out, reference = work / task / "base-streams", work / task / "reference"
+    made = study.base_of(task, work, base)
+    flags = {**SHARED["shared-v1"], "lora_rank": 128, "fused_path": made, "seed": 0, **EVERY}
+    command = train_command(base, reference, out, minutes, **flags)
+    return Run(out, command, "streams.json", minutes, [reference / "train.jsonl"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    study.add_places(parser)
+    parser.add_argument("--minutes", type=float, default=60, help="of every row")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    runs = [
+        row_run(row, task, args.work, args.base, args.minutes, seed)
+        for seed in args.seeds
+        for task in args.tasks
+        for row in args.rows
+    ]
+    study.finish(runs, args.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
