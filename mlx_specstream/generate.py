@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -274,11 +275,23 @@ def _responses(
             source.close()
 
 
+def _without_seams(steps: Iterator, model) -> Iterator:
+    """What ``steps`` yields, made by the stock model."""
+    seams = seams_of(model)
+    while True:
+        with seams.out() if seams is not None else nullcontext():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
+
+
 def _plain(model, tokens, draft_model, stream, **kwargs) -> Iterator[Emitted]:
     """Tokens of mlx-lm's own loops."""
     if draft_model is None:
         kwargs.pop("num_draft_tokens", None)
-        for n, (token, logprobs) in enumerate(generate_step(tokens, model, stream, **kwargs)):
+        steps = generate_step(tokens, model, stream, **kwargs)
+        for n, (token, logprobs) in enumerate(_without_seams(steps, model)):
             yield Emitted(token, logprobs, False, n)
         return
     if kwargs["max_tokens"] == -1:  # mlx-lm's speculative loop does not know -1
@@ -289,9 +302,8 @@ def _plain(model, tokens, draft_model, stream, **kwargs) -> Iterator[Emitted]:
         if kwargs.pop(name, None) is not None:
             raise BadArgument(f"[{name}] is not supported together with draft_model.")
     passes = -1  # each pass ends with a token of the model itself; the first is the prompt's own
-    for token, logprobs, from_draft in speculative_generate_step(
-        tokens, model, draft_model, stream, **kwargs
-    ):
+    steps = speculative_generate_step(tokens, model, draft_model, stream, **kwargs)
+    for token, logprobs, from_draft in _without_seams(steps, model):
         passes += not from_draft
         yield Emitted(token, logprobs, from_draft, max(passes + from_draft, 0))
 

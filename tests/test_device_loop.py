@@ -169,7 +169,7 @@ def check_equal(got, want):
 @pytest.fixture(scope="module")
 def shared():
     """The traces of all of these answers, so that none may be taken for another."""
-    return Buckets()
+    return Buckets(worth=0)
 
 
 @pytest.mark.parametrize("way", COMPILED)
@@ -204,6 +204,7 @@ def traces(monkeypatch):
 @pytest.mark.parametrize("tree", [TREE, "chain"])
 def test_an_answer_needs_few_traces(seams, traces, tree):
     seams.kept.clear()
+    seams.kept["buckets"] = Buckets(worth=0)
     with compiled():
         steps, _, _ = answer(seams, tree, "deferred", length=40)
         first = len(traces)
@@ -220,6 +221,7 @@ def test_an_answer_needs_few_traces(seams, traces, tree):
 def test_a_replaced_weight_is_seen(seams):
     """Traces hold the weights they were made with, so they go when one is replaced."""
     streams, linear = seams.streams, seams.model.layers[1].mlp.down_proj
+    seams.kept["buckets"] = Buckets(worth=0)
     for module, name in (
         (linear, "weight"),
         (streams, "embeddings"),
@@ -239,14 +241,14 @@ def test_a_replaced_weight_is_seen(seams):
 
 
 def test_old_traces_are_forgotten():
-    buckets, made = Buckets(), []
+    buckets, made = Buckets(worth=0), []
 
     def use(key):
         def make():
             made.append(key)
             return lambda: key
 
-        return buckets.get(key, make, compiled=False)()
+        return buckets.get(key, make)()
 
     assert [use(key) for key in range(MOST)] == list(range(MOST))
     assert use(0) == 0  # now the latest one
@@ -259,6 +261,25 @@ def test_old_traces_are_forgotten():
     assert made == [*range(MOST), "new", 1]
     buckets.clear()
     assert len(buckets) == 0
+
+
+def test_a_bucket_is_compiled_when_it_has_been_used_for_a_while(monkeypatch):
+    """A long answer leaves every bucket before a trace would pay; short lengths come back."""
+    traced = []
+    monkeypatch.setattr("mlx_specstream.decode.buckets.mx.compile", lambda f: traced.append(f) or f)
+    buckets = Buckets(worth=3)
+    for number in range(1, 6):
+        assert buckets.get("short", lambda: len)("ab") == 2
+        assert len(traced) == (number > 3)
+    for length in range(9):
+        buckets.get(length, lambda: len)
+        buckets.get(length, lambda: len, False)
+    assert len(buckets) == len(traced) == 1
+    assert "short" in buckets
+    buckets.clear()
+    for _ in range(1, 6):
+        buckets.get("short", lambda: len, False)
+    assert len(traced) == 1, "not where nothing shall be compiled"
 
 
 @pytest.mark.parametrize("length", [1, 31, 64, 65, 500, 513, 4095, 4097, 10_001])

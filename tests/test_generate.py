@@ -303,3 +303,33 @@ def test_options_of_streams_need_streams(seams, tokenizer, option):
     no_exit = attached()
     with pytest.raises(BadArgument, match="no early-exit head"):
         ours(no_exit, tokenizer, prune=PruneRule(keep=3))
+
+
+@pytest.mark.parametrize("how", [{}, {"draft_model": True}])
+def test_plain_decoding_is_done_by_the_stock_model(seams, tokenizer, how):
+    """So it costs what mlx-lm's loop costs; between two tokens the seams are there."""
+    model, seen = seams.model, []
+    seam = type(model.layers[1])
+    if how:
+        how = {"draft_model": make_model()}
+
+    def sampler(logprobs):
+        seen.append(type(model.layers[1]))
+        return mx.argmax(logprobs, axis=-1)
+
+    options = {"max_tokens": 7, "use_streams": False, "sampler": sampler, **how}
+    for _ in stream_generate(model, tokenizer, PROMPT, **options):
+        assert type(model.layers[1]) is seam
+    assert set(seen) == {type(make_model().layers[1])}
+    assert seam not in seen
+
+
+def test_the_seams_are_back_after_an_interrupt(seams, tokenizer):
+    def sampler(logprobs):
+        raise KeyboardInterrupt
+
+    before = [type(module) for module, _ in seams._stock]
+    with pytest.raises(KeyboardInterrupt):
+        list(stream_generate(seams.model, tokenizer, PROMPT, use_streams=False, sampler=sampler))
+    assert [type(module) for module, _ in seams._stock] == before
+    assert len(ours(seams, tokenizer)) == 12

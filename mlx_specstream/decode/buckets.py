@@ -1,8 +1,9 @@
 """Compiled halves of a step, one trace per bucket of shapes.
 
-A trace costs tens of milliseconds (and on a Linux CPU, the first time a machine meets a fused
-kernel, a run of the C++ compiler), so there are few: the keys that rows may look at are rounded up,
-and old traces go. Where MLX cannot compile, it runs the plain function instead.
+A trace costs some hundred milliseconds and saves a few per call, so the keys that rows may look at
+are rounded up, a bucket is compiled when it has been used for a while (a long answer leaves each for good
+after a few dozen passes; the short lengths come back with every answer), and old traces go. Where MLX
+cannot compile, it runs the plain function instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Hashable
 import mlx.core as mx
 
 MOST = 128  # traces kept
+WORTH = 16  # calls after which a trace (100 ms) has cost as much as it would have saved (6 ms each)
 
 
 def round_up(length: int) -> int:
@@ -22,10 +24,16 @@ def round_up(length: int) -> int:
 
 
 class Buckets:
-    """Compiled functions by the shapes that they were traced for."""
+    """Compiled functions by the shapes that they were traced for.
 
-    def __init__(self):
+    Args:
+        worth: calls of a bucket before it is compiled.
+    """
+
+    def __init__(self, worth: int = WORTH):
+        self.worth = worth
         self._made: OrderedDict[Hashable, Callable] = OrderedDict()
+        self._calls: OrderedDict[Hashable, int] = OrderedDict()  # of those that are not compiled
 
     def __len__(self) -> int:
         return len(self._made)
@@ -36,12 +44,18 @@ class Buckets:
     def get(self, key: Hashable, make: Callable[[], Callable], compiled: bool = True) -> Callable:
         """The function of ``key``; ``make()`` gives it plain."""
         if key not in self._made:
-            function = make()
-            self._made[key] = mx.compile(function) if compiled else function
-            while len(self._made) > MOST:
+            calls = self._calls.pop(key, 0)
+            if not compiled or calls < self.worth:
+                self._calls[key] = calls + 1
+                if len(self._calls) > 8 * MOST:
+                    self._calls.popitem(last=False)
+                return make()
+            self._made[key] = mx.compile(make())
+            if len(self._made) > MOST:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
         return self._made[key]
 
     def clear(self) -> None:
         self._made.clear()
+        self._calls.clear()

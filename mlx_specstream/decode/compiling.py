@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import mlx.core as mx
 
 from ..model.seams import Seams
 from ..profile import profile_path
+from .buckets import Buckets
 from .costs_here import costs_key
 
 
@@ -34,6 +36,20 @@ def compile_from_now_on(seams: Seams) -> None:
     if not compiles(seams):
         seams.compiles = True
         seams.kept.pop("buckets", None)
+
+
+@contextmanager
+def compiled_at_once(seams: Seams) -> Iterator[None]:
+    """Meanwhile every bucket is compiled when it is first used, in traces of its own."""
+    compile_from_now_on(seams)
+    before = seams.kept.get("buckets")
+    seams.kept["buckets"] = Buckets(worth=0)
+    try:
+        yield
+    finally:
+        del seams.kept["buckets"]
+        if before is not None:
+            seams.kept["buckets"] = before
 
 
 def remember_kernels(seams: Seams) -> None:

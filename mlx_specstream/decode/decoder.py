@@ -257,7 +257,7 @@ class Decoder:
 
         threshold = shape.prune is not None and shape.prune.threshold is not None
         key = "pass", shape, base_of, guesses is not None, text is not None
-        cold = self.place == 0 and key not in self.buckets
+        cold = self.place == 0 and key not in self.buckets  # the first token waits for no trace
         run = make() if cold or threshold else self.buckets.get(key, make, self._compiled)
         tree, logits, hidden, kept, fresh, accepted, keys, values = run(
             self._root, self._offset, buffers.bases, list(guesses or []), list(text or []),

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import mlx.core as mx
 import numpy as np
 
 from ..decode.choose import Greedy
-from ..decode.compiling import compile_from_now_on
+from ..decode.compiling import compiled_at_once
 from ..decode.costs import Costs
 from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
@@ -110,7 +111,6 @@ def measure_costs(
     Returns:
         Lower quartiles, in milliseconds.
     """
-    compile_from_now_on(seams)
     has_streams = seams.streams is not None
     deferrable = has_streams and not seams.streams.config.main_sees_streams
     kinds = [_Script(n, False, False) for n in rows]
@@ -118,25 +118,12 @@ def measure_costs(
         kinds += [_Script(n, True, False) for n in rows]
     if has_streams and (inline or not deferrable):
         kinds += [_Script(n, True, True) for n in rows if n <= 16]
-    total, done = len(contexts) * (repeats + 2), 0
-    tables: list[dict[_Script, float]] = []
-    for context in contexts:
-        probes = {kind: _probe(seams, kind, context) for kind in kinds}
-        times: dict[_Script, list[float]] = {kind: [] for kind in kinds}
-        for repeat in range(repeats + 2):
-            for kind, probe in probes.items():
-                for step in range(4):
-                    tic = time.perf_counter()
-                    probe.step(1 << 30, ())
-                    # The first after another size finds memory laid out for that one.
-                    if step and repeat >= 2:
-                        times[kind].append(time.perf_counter() - tic)
-            done += 1
-            progress(done, total)
-        # Whatever else the machine does can only add time: the lower quartile, not the median.
-        tables.append({kind: 1e3 * float(np.quantile(t, 0.25)) for kind, t in times.items()})
-        del probes
-        mx.clear_cache()
+    total, done = len(contexts) * (repeats + 2), count(1)
+    with compiled_at_once(seams):
+        tables = [
+            _times(seams, kinds, context, repeats, lambda: progress(next(done), total))
+            for context in contexts
+        ]
 
     def line(times: dict[_Script, float], inline: bool) -> tuple[float, ...]:
         """What streams add at each size: their step less the same step without them."""
@@ -170,6 +157,25 @@ def measure_costs(
         plain_ms=tuple(line[0] for line in passes),
         measured=True,
     )
+
+
+def _times(seams, kinds, context: int, repeats: int, step_done) -> dict[_Script, float]:
+    """Milliseconds of a step of each kind behind so many tokens."""
+    probes = {kind: _probe(seams, kind, context) for kind in kinds}
+    times: dict[_Script, list[float]] = {kind: [] for kind in kinds}
+    for repeat in range(repeats + 2):
+        for kind, probe in probes.items():
+            for step in range(4):
+                tic = time.perf_counter()
+                probe.step(1 << 30, ())
+                # The first after another size finds memory laid out for that one.
+                if step and repeat >= 2:
+                    times[kind].append(time.perf_counter() - tic)
+        step_done()
+    del probes
+    mx.clear_cache()
+    # Whatever else the machine does can only add time: the lower quartile, not the median.
+    return {kind: 1e3 * float(np.quantile(t, 0.25)) for kind, t in times.items()}
 
 
 def _probe(seams: Seams, kind: _Script, context: int) -> _Probe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from ..decode.choose import make_sampler
-from ..decode.compiling import compile_from_now_on, remember_kernels
+from ..decode.compiling import compiled_at_once, remember_kernels
 from ..generate import stream_generate
 from ..model.seams import seams_of
 
@@ -22,24 +22,24 @@ def warm_up(model: nn.Module, tokenizer) -> None:
         model: with the seams in (``attach``).
     """
     seams = seams_of(model)
-    compile_from_now_on(seams)
     learned = _forget(seams.kept)
     prompt = [token for token in range(8) for _ in range(2)] * 3  # repeats itself: is copied
-    for tree in TREES:
-        for temp in (0.0, 0.7):
-            for streams in (False, True) if seams.streams else (False,):
-                for _ in stream_generate(
-                    model,
-                    tokenizer,
-                    prompt,
-                    max_tokens=TOKENS,
-                    tree=tree,
-                    copies=True,
-                    use_streams=streams,
-                    sampler=make_sampler(temp),
-                    seed=0,
-                ):
-                    pass
+    with compiled_at_once(seams):
+        for tree in TREES:
+            for temp in (0.0, 0.7):
+                for streams in (False, True) if seams.streams else (False,):
+                    for _ in stream_generate(
+                        model,
+                        tokenizer,
+                        prompt,
+                        max_tokens=TOKENS,
+                        tree=tree,
+                        copies=True,
+                        use_streams=streams,
+                        sampler=make_sampler(temp),
+                        seed=0,
+                    ):
+                        pass
     _forget(seams.kept)
     seams.kept.update(learned)
     remember_kernels(seams)

@@ -14,7 +14,8 @@ nothing in force (``mlx_lm.generate`` on the same model) the stock code runs unt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, wraps
 
@@ -137,9 +138,7 @@ class Seams:
         self._draft_head: DraftHead | None = None
         self.head_rows: SomeRows | None = None  # norm and head over a few tokens
         self.around: Callable | None = None  # calls a layer: (call, x, context, index) -> x
-        self.merged: dict[
-            int, mx.array
-        ] = {}  # id of a projection -> its weight with LoRA [d_in, d_out]
+        self.merged: dict[int, mx.array] = {}  # id of a projection -> weight with LoRA [in, out]
         self._stock: list[tuple[nn.Module, type]] = []
         self.streams = streams
         self._swiglu = modules_with_swiglu(model.layers)
@@ -196,6 +195,18 @@ class Seams:
         self._stock.clear()
         return self.model
 
+    @contextmanager
+    def out(self) -> Iterator[None]:
+        """For a while the stock model itself, which does not look at ours in every layer."""
+        seams = [type(module) for module, _ in self._stock]
+        try:
+            for module, stock in self._stock:
+                module.__class__ = stock
+            yield
+        finally:
+            for (module, _), seam in zip(self._stock, seams, strict=True):
+                module.__class__ = seam
+
     def forward(self, run: Pass, tokens: mx.array | None = None, stores: list | None = None):
         """Run the stock model under ``run``. Returns logits of the rows in ``run.take`` [B, r, V].
 
@@ -221,10 +232,7 @@ class Seams:
         return self.forward(Pass(rows, first=self.num_layers, enters=hidden))
 
     def draft_head(self, hidden: mx.array) -> mx.array:
-        """Norm and head for drafts, over the draft vocabulary if there is one (``draft_head.py``).
-
-        hidden [B, r, E] -> logits [B, r, V or F]
-        """
+        """The same for drafts, over the draft vocabulary if there is one: logits [B, r, V or F]."""
         return self.head(hidden) if self._draft_head is None else self._draft_head(hidden)
 
     @property
