@@ -28,6 +28,7 @@ from mlx_specstream.train.data import read_examples
 from mlx_specstream.train.health import WINDOW, Health
 from mlx_specstream.train.loss import evaluate
 from mlx_specstream.train.presets import PRESETS, learning_rate
+from mlx_specstream.train.record import RECORD
 from mlx_specstream.train.trainer import CHECKPOINT
 
 SHORT = ["--batch-size", "2", "--hosts", "3", "--learning-rate", "5e-3", "--lora-rank", "4"]
@@ -115,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base, data, tmp_path, capsys):
     parts = tmp_path / "parts"
     process = child(command(base, data, parts, *more))
     deadline = time.monotonic() + 300
-    while not (parts / CHECKPOINT).exists():
+    while not (parts / RECORD).exists():  # written behind the first checkpoint
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
