@@ -17,6 +17,7 @@ from .mlx_adapter import fuse_adapter, is_mlx_adapter, write_mlx_adapter
 from .new_folder import new_folder, scratch_folder
 from .peft_adapter import CONFIG as ADAPTER_CONFIG
 from .peft_adapter import PeftAdapter, is_peft, read_peft
+from .plausible import check_layers
 from .safetensors_header import read_header
 from .source import find_adapter
 from .staging import staged_model
@@ -72,6 +73,7 @@ def convert_apart(
 def streams_file(path: Path) -> Path | None:
     """The file of a source that holds streams and nothing else."""
     if path.is_dir() and not (path / "config.json").is_file() and (path / FILE).is_file():
+        check_folder(path)
         path = path / FILE
     if path.is_file() and is_weights(path):
         names = look_into(path).tensors
@@ -139,15 +141,22 @@ def is_converted(files: list[Path], original: dict, config: dict) -> bool:
     Args:
         original, config: its config.json, and the same as a conversion would write it.
     """
+    tensors = 0
     for path in files:
-        if path.suffix != ".safetensors" or read_header(path).metadata.get("format") != "mlx":
+        if path.suffix != ".safetensors":
             return False
+        header = read_header(path)
+        if header.metadata.get("format") != "mlx":
+            return False
+        tensors += len(header.tensors)
+    check_layers(config, tensors)
     return same_model(original, config)
 
 
 def same_model(one: dict, other: dict) -> bool:
     """Whether mlx-lm builds the same model of two configs, told from its modules."""
-    return modules_of(one) == modules_of(other)
+    modules = modules_of(one)
+    return modules is not None and modules == modules_of(other)
 
 
 def modules_of(config: dict) -> list | None:

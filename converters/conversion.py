@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
+from mlx_specstream.errors import BadCheckpoint, SpecStreamError
 from mlx_specstream.model.support import structural
 
 from .accounting import Account, describe
@@ -20,7 +21,7 @@ from .report import compare, encoded, logits_of
 from .rotary import check_rotary
 from .shards import Progress, save_weights
 from .source import check_remote_code, copy_files, copy_tokenizer
-from .staging import load_staged, stage_model, verify
+from .staging import load_staged, one_line, stage_model, verify
 from .torch_streams import write_streams
 
 
@@ -85,6 +86,7 @@ def convert(
     if not (quantize or dequantize or dtype or adapter or plan) and is_converted(
         checkpoint.files, original, config
     ):
+        verify(found, trust_remote_code)
         log(f"note: {found} is in mlx-lm's layout already; nothing to convert, use it as it is")
         return found
     account = Account()
@@ -96,15 +98,20 @@ def convert(
         model, config = load_staged(stage, trust_remote_code, account)
         notes += checkpoint.notes
         if "text_config" not in original:
-            notes += check_rotary(model, transformers_view(original), original["model_type"])
+            notes += rotary_notes(model, original)
         if why := structural(model):
             notes.append(f"this model decodes plainly, it cannot have streams: {why}")
+        if (source / "streams").is_dir() and not checkpoint.streams:
+            notes.append(
+                f"its streams were left out; they fit the result: --streams {source}/streams"
+            )
         for note in dict.fromkeys(notes):
             log(f"note: {note}")
-        text = config.get("text_config") or {}
+        text = config.get("text_config")
+        text = text if isinstance(text, dict) else {}
         dtype = dtype or config.get("torch_dtype") or text.get("dtype")
         if fused:
-            model = fuse_adapter(model, fused)
+            model = fuse_adapter(model, fused, dequantize)
         cast(model, dtype, log)
         if checkpoint.streams and plan is None:
             write_streams(checkpoint.streams, model, folder / "streams")
@@ -135,10 +142,22 @@ def convert(
     return target
 
 
+def rotary_notes(model, config: dict) -> list[str]:
+    """As `check_rotary`, with one line for settings that no formula can be made of."""
+    try:
+        return check_rotary(model, transformers_view(config), config["model_type"])
+    except SpecStreamError:
+        raise
+    except Exception as error:
+        raise BadCheckpoint(
+            f"config.json: its rope settings make no sense: {one_line(error)}"
+        ) from None
+
+
 def logits_before(stage: Path, adapter: Path | None, trusted: bool, prompts: list[list[int]]):
     """The logits of prompts before anything was cast or quantised."""
     model, _ = load_staged(stage, trusted)
-    return logits_of(fuse_adapter(model, adapter) if adapter else model, prompts)
+    return logits_of(fuse_adapter(model, adapter, dequantize=True) if adapter else model, prompts)
 
 
 def save(

@@ -41,8 +41,12 @@ class Part(NamedTuple):
     turned: bool = False
 
     def of(self, value: mx.array) -> mx.array:
+        if self.turned and value.ndim < 2:
+            raise BadCheckpoint(
+                f"{self.name!r} has the shape {list(value.shape)}; it needs two axes"
+            )
         if self.expert is not None:  # [experts, rows, columns], where gate lies above up
-            odd = self.half is not None and value.shape[1] % 2
+            odd = value.ndim == 3 and self.half is not None and value.shape[1] % 2
             if value.ndim != 3 or value.shape[0] != self.of_experts or odd:
                 raise BadCheckpoint(
                     f"the experts of {self.name!r} have the shape {list(value.shape)}; config.json "

@@ -25,7 +25,10 @@ def check_folder(folder: Path) -> None:
     for path in (*sorted(folder.iterdir()), *inside):
         if path.is_dir() and path.name not in INSIDE:
             continue
-        real = path.resolve()
+        try:
+            real = path.resolve(strict=path.is_symlink())
+        except (OSError, RuntimeError):
+            raise BadCheckpoint(f"{path} is a link that leads nowhere; remove it") from None
         if not any(real.is_relative_to(place) for place in allowed):
             raise BadCheckpoint(
                 f"{path} is a link out of its folder, to {real}; put a copy of the file there"

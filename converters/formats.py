@@ -75,7 +75,7 @@ class Checkpoint:
         self.adapter = adapter
         # Added tokens make a longer embedding, which the adapter brings along.
         for name, value in adapter.replaced.items():
-            if name.endswith(("embed_tokens.weight", "wte.weight")):
+            if name.endswith(("embed_tokens.weight", "wte.weight")) and value.ndim == 2:
                 self.config["vocab_size"] = value.shape[0]
         return None
 

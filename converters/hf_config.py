@@ -23,7 +23,7 @@ SAME_FAMILY = {"ministral": "mistral"}
 
 # mlx-lm has always run these families without their window, and their released checkpoints all
 # carry one: refusing would refuse the family.
-WINDOW_IGNORED = {"gemma2", "phi3", "phimoe", "starcoder2"}
+WINDOW_IGNORED = {"gemma2", "mistral", "phi3", "phimoe", "starcoder2"}
 # transformers windows every layer of these when `sliding_window` is set and there is no layer list.
 WINDOW_EVERYWHERE = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}
 
@@ -216,7 +216,11 @@ def write_window(config: dict, full: dict, fields: frozenset, notes: list, name:
     """Tell the class which layers are windowed, or say what happens when it cannot know."""
     layers, window = windowed_layers(full), full.get("sliding_window")
     kinds = full.get("layer_types") or []
-    if "layer_types" in fields:
+    if any(layers) and not kinds and full["model_type"] in WINDOW_IGNORED:
+        notes.append(
+            f"mlx-lm runs {full['model_type']} without its window: exact up to {window} tokens"
+        )
+    elif "layer_types" in fields:
         if layers and all(layers):
             raise BadCheckpoint(
                 f"'sliding_window' is {window} in every layer but mlx-lm's class {name!r} needs "

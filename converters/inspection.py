@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,14 @@ def inspect(path: Path) -> Report:
     elif not path.is_dir():
         raise BadCheckpoint(f"{path} does not exist; give a file or a folder")
     elif is_adapter(path):
-        report.attempt(lambda _: check_folder(path))
-        report.attempt(tell_adapter, path)
+        report.attempt(checked(tell_adapter), path)
     elif any((path / name).exists() for name in ("config.json", "params.json")):
         report["kind"] = "model folder"
         report.attempt(tell_model, path)
     elif (path / FILE).exists():
-        report.attempt(lambda _: check_folder(path))
-        report.attempt(tell_file, path / FILE)
+        report.attempt(checked(tell_file, FILE), path)
     elif (path / DESCRIPTION).exists():
-        report.attempt(lambda _: check_folder(path))
-        report.attempt(tell_streams, path, None)
+        report.attempt(checked(lambda report, path: tell_streams(report, path, None)), path)
     else:
         raise BadCheckpoint(
             f"{path}: neither a model (config.json), an adapter (adapter_config.json) nor streams "
@@ -80,6 +77,17 @@ def inspect(path: Path) -> Report:
         )
     report["safe"] = "no" if report.problems else "yes"
     return report
+
+
+def checked(tell: Callable, name: str = "") -> Callable:
+    """`tell` about a folder, or a file in it, once nothing is wrong with the folder: a pipe would
+    be waited for."""
+
+    def run(report: Report, folder: Path) -> None:
+        check_folder(folder)
+        tell(report, folder / name)
+
+    return run
 
 
 def tell_file(report: Report, path: Path) -> None:
@@ -147,7 +155,7 @@ def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def digest(base: dict[str, Any]) -> str:
     """A fingerprint in 16 characters: the same weights, whatever the folder is called."""
     text = json.dumps(base, sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}, {base['model_type']}"
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}, {base.get('model_type', '?')}"
 
 
 def tell_streams(report: Report, folder: Path, base: dict[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """mlx-lm's adapters: made of PEFT's (kept apart from the base), and fused into a base."""
 
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,8 +23,11 @@ def is_mlx_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def fuse_adapter(model, folder: Path):
+def fuse_adapter(model, folder: Path, dequantize: bool = False):
     """Put an adapter of mlx-lm (LoRA, DoRA or full) into a model's weights, as `mlx_lm.fuse` does.
+
+    Args:
+        dequantize: leave the layers of a quantised base as they are then, not rounded again.
 
     Raises: BadCheckpoint when it is damaged or belongs to another base.
     """
@@ -33,10 +37,13 @@ def fuse_adapter(model, folder: Path):
     check_safetensors(folder / WEIGHTS)
     try:
         model = load_adapters(model, str(folder))
+        layers = [(name, m) for name, m in model.named_modules() if hasattr(m, "fuse")]
+        if not all(math.isfinite(getattr(m, "scale", 1.0)) for _, m in layers):
+            raise ValueError("'scale' is not finite")
+        fused = [(name, m.fuse(dequantize=dequantize)) for name, m in layers]
     except Exception as error:  # missing keys, other shapes, whatever mlx-lm meets
         line = " ".join(str(error).split())
         raise BadCheckpoint(f"{folder}: the adapter does not fit the base: {line[:300]}") from None
-    fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
     model.eval()
     return model

@@ -24,6 +24,7 @@ from .weights import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+LARGEST_ALPHA = 1e30  # in a float32
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
 # Settings that change what the tensors mean, and that are not handled: they must be off.
 UNHANDLED = (
@@ -235,6 +236,7 @@ def scale_of(settings: dict, alphas: dict[re.Pattern, Any], module: str, rank: i
     """alpha / r, or alpha / sqrt(r); the first pattern that names the module gives its alpha."""
     own = (alpha for pattern, alpha in alphas.items() if pattern.match(module))
     alpha = next(own, settings.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not abs(alpha) < LARGEST_ALPHA:  # NaN is no number either
         raise BadCheckpoint(f"{CONFIG}: 'lora_alpha' must be a number but is {alpha!r}")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -68,6 +68,11 @@ def cast(model, dtype: str | None, log) -> None:
     log(f"dtype {dtype}" + (f" (the checkpoint has {before})" if before else ""))
 
 
+def unquantised(model) -> list[str]:
+    """Paths of the layers that could be quantised and are not."""
+    return [p for p, m in model.named_modules() if hasattr(m, "to_quantized") and "weight" in m]
+
+
 def requantize(model, config: dict, quantize: bool, dequantize: bool, quantization, log):
     """Quantise or dequantise with mlx-lm's own functions; their prints go to `log`."""
     from mlx_lm.convert import mixed_quant_predicate_builder
@@ -79,6 +84,7 @@ def requantize(model, config: dict, quantize: bool, dequantize: bool, quantizati
     if not quantize:
         return model, config
     group, bits, mode, predicate = quantization
+    before = len(unquantised(model))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -94,7 +100,12 @@ def requantize(model, config: dict, quantize: bool, dequantize: bool, quantizati
         ) from None
     for line in printed.getvalue().splitlines():
         log(line.removeprefix("[INFO] "))
-    left = [p for p, m in model.named_modules() if hasattr(m, "to_quantized") and "weight" in m]
+    left = unquantised(model)
+    if len(left) == before:
+        raise BadArgument(
+            f"nothing was quantised with q_bits={bits}, q_group_size={group}: the rows are no multiple of "
+            "the group, or the source is quantised already (convert it with --dequantize first)"
+        )
     if left:
         log(
             f"{len(left)} layers stay unquantised (rows no multiple of a group, or not chosen): {some(left)}"

@@ -1,5 +1,6 @@
 """The Hugging Face folder to convert: where it is, what it may not ask for, what is copied."""
 
+import contextlib
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -69,10 +70,19 @@ def download(repo: str, revision: str | None, code: bool) -> str:
         wanted += kinds[0] if kinds else (*ADAPTER_FILES, *BARE_FILES)
         return snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except Exception as online:
-        try:  # offline, or the Hub is down: an earlier download will do
-            return snapshot_download(repo, revision=revision, local_files_only=True)
-        except Exception:
-            raise online from None
+        # Offline, or the Hub is down: an earlier download will do. It holds one kind of weights.
+        rest = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, CARD]
+        for kind in (*WEIGHT_FILES, ADAPTER_FILES[1:], BARE_FILES):
+            with contextlib.suppress(Exception):
+                folder = snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=[*rest, *ADAPTER_FILES[:1], *kind],
+                    local_files_only=True,
+                )
+                if any(any(Path(folder).glob(pattern)) for pattern in kind):
+                    return folder
+        raise online from None
 
 
 def find_adapter(path: str) -> Path:

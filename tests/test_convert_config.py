@@ -141,8 +141,10 @@ def test_settings_and_defaults(source, expected):
         (config("qwen2", clip_qkv=8.0), "clip_qkv.*8.0.*qwen2"),
         (config("qwen2_moe", norm_topk_prob=True), "norm_topk_prob.*True.*qwen2_moe"),
         (config("phi", qk_layernorm=True), "qk_layernorm.*True.*phi"),
-        (config("mistral", sliding_window=9), "sliding_window.*9.*every layer.*set it to null"),
-        (config("mistral", sliding_window=9, layer_types=MIXED[:1] * 3), "every layer"),
+        (
+            config("mistral", sliding_window=9, layer_types=MIXED[:1] * 3),
+            "sliding_window.*9.*every layer.*set it to null",
+        ),
         (config("mixtral", sliding_window=9), "sliding_window.*9.*no window"),
         (
             config("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
@@ -175,6 +177,7 @@ def test_what_would_be_lost_is_an_error(source, words):
     ("source", "note"),
     [
         (config("gemma2", sliding_window=9), "exact up to 9 tokens"),
+        (config("mistral", sliding_window=9), "exact up to 9 tokens"),
         (config("phi3", sliding_window=9, pad_token_id=0), "exact up to 9 tokens"),
         (
             config(

@@ -13,7 +13,7 @@ from test_convert import copy_golden
 from mlx_specstream import load
 from mlx_specstream.converters import convert
 from mlx_specstream.converters.report import compare, encoded
-from mlx_specstream.errors import UnsupportedModel
+from mlx_specstream.errors import BadArgument, UnsupportedModel
 
 MODES = [
     *(("affine", bits, group) for bits in (2, 3, 4, 6, 8) for group in (32,)),
@@ -57,10 +57,14 @@ def test_a_recipe_gives_more_bits_to_some(tmp_path):
     stored = mx.load(str(tmp_path / "p/model.safetensors"))
     assert "lm_head.scales" not in stored
     assert "model.embed_tokens.scales" in stored
-    # Rows of 24 fit no group of 32: nothing to quantise is said, not passed over.
-    lines = []
-    convert(folder, tmp_path / "n", log=lines.append, **by_hand)
-    assert any("stay unquantised" in line for line in lines)
+    # Rows of 24 fit no group of 32, and what is quantised is not quantised again: said, not passed over.
+    with pytest.raises(BadArgument, match="nothing was quantised"):
+        convert(folder, tmp_path / "n", **by_hand)
+    whole = {"quantize": True, "q_group_size": 32, "q_bits": 4}
+    convert(tmp_path / "hf3", tmp_path / "q", **whole)
+    with pytest.raises(BadArgument, match="quantised already"):
+        convert(tmp_path / "q", tmp_path / "qq", **{**whole, "q_bits": 8})
+    assert not (tmp_path / "qq").exists()
 
 
 def test_the_report_of_a_cast(tmp_path):
