@@ -103,3 +103,14 @@ def test_an_unknown_hub_id_is_one_line(hub, tmp_path):
     assert "someone/nothing" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_was_downloaded_once_converts_offline(hub, tmp_path):
+    """A repository holds files that a conversion never asks for: streams, here."""
+    argv = ["convert", "--hf-path", "someone/model", "--dequantize", "--mlx-path"]
+    done = command(hub, tmp_path, *argv, tmp_path / "online")
+    assert done.returncode == 0, done.stderr
+    again = command("http://127.0.0.1:9", tmp_path, *argv, tmp_path / "offline", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    name = "model.safetensors"
+    assert (tmp_path / "online" / name).read_bytes() == (tmp_path / "offline" / name).read_bytes()
