@@ -216,11 +216,10 @@ def write_window(config: dict, full: dict, fields: frozenset, notes: list, name:
     """Tell the class which layers are windowed, or say what happens when it cannot know."""
     layers, window = windowed_layers(full), full.get("sliding_window")
     kinds = full.get("layer_types") or []
-    if any(layers) and not kinds and full["model_type"] in WINDOW_IGNORED:
-        notes.append(
-            f"mlx-lm runs {full['model_type']} without its window: exact up to {window} tokens"
-        )
-    elif "layer_types" in fields:
+    family, told = full["model_type"], "layer_types" in fields
+    if any(layers) and family in WINDOW_IGNORED and not (told and kinds):
+        notes.append(f"mlx-lm runs {family} without its window: exact up to {window} tokens")
+    elif told:
         if layers and all(layers):
             raise BadCheckpoint(
                 f"'sliding_window' is {window} in every layer but mlx-lm's class {name!r} needs "
@@ -234,12 +233,10 @@ def write_window(config: dict, full: dict, fields: frozenset, notes: list, name:
     elif "sliding_window_pattern" in fields and kinds:
         config["sliding_window_pattern"] = pattern_of(kinds, name)
     elif "sliding_window" not in fields and any(layers):
-        if name not in WINDOW_IGNORED:
-            raise BadCheckpoint(
-                f"'sliding_window' is {window} but mlx-lm's class {name!r} has no window; set it "
-                f"to null in config.json for a model that is exact up to {window} tokens"
-            )
-        notes.append(f"mlx-lm runs {name} without its window: exact up to {window} tokens")
+        raise BadCheckpoint(
+            f"'sliding_window' is {window} but mlx-lm's class {name!r} has no window; set it "
+            f"to null in config.json for a model that is exact up to {window} tokens"
+        )
 
 
 def pattern_of(kinds: list[str], name: str) -> int | str | None:

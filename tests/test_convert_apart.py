@@ -93,18 +93,19 @@ def test_a_dry_run_names_what_the_file_has(tmp_path, capsys):
     code, out, _ = command(capsys, SOURCES / "streams", tmp_path / "out", "--dry-run")
     assert code == 0
     made = [line for line in out.splitlines() if line.startswith("streams: ")]
-    convert_there(tmp_path)
+    convert(with_streams(tmp_path), tmp_path / "real")
     stored = mx.load(str(tmp_path / "real/streams/streams.safetensors"))
     expected = {f"streams: {k} {list(v.shape)} float32" for k, v in stored.items()}
     assert {line.split(" <- ")[0] for line in made} == expected
 
 
-def convert_there(tmp_path):
+def with_streams(tmp_path):
+    """A PyTorch checkpoint that was trained with streams, and a tokenizer."""
     source = tmp_path / "hf"
     shutil.copytree(SOURCES / "streams", source)
     for path in copy_golden(tmp_path / "other").glob("tokenizer*"):
         shutil.copy(path, source)
-    convert(source, tmp_path / "real")
+    return source
 
 
 def test_the_tokenizer_of_another_folder(tmp_path):
@@ -126,10 +127,7 @@ def test_the_tokenizer_of_another_folder(tmp_path):
 
 def test_streams_for_a_base_that_is_not_converted_yet(tmp_path):
     """A pickled checkpoint of transformers as --base: its fingerprint is that of the conversion."""
-    source = tmp_path / "hf"
-    shutil.copytree(SOURCES / "streams", source)
-    for path in copy_golden(tmp_path / "other").glob("tokenizer*"):
-        shutil.copy(path, source)
+    source = with_streams(tmp_path)
     convert(source, tmp_path / "whole")
     whole = json.loads((tmp_path / "whole/streams/streams.json").read_text())
     from mlx_specstream.converters.export import export

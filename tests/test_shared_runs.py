@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config, save_model
 from reference import Reference, assert_close, numpy_weights
+from test_shared_training import MASKS, SHARED
 from tiny_models import COMMON, attached, make_model, make_tokenizer, quantized
 
 from mlx_specstream import generate, load
@@ -26,17 +27,6 @@ from mlx_specstream.train.session import train_streams
 from mlx_specstream.train.shared import Destination
 from mlx_specstream.train.trainer import CHECKPOINT
 
-MASKS = {"V1": False, "P": True}
-SHARED = TrainConfig(
-    iters=9,
-    batch_size=2,
-    hosts=3,
-    learning_rate=2e-2,
-    embedding_rate=2.0,
-    fine_tune=FineTune(rank=3, alpha=6.0),
-    eval_every=4,
-    save_every=4,
-)
 TOKENS = mx.array([[5, 17, 3, 42, 8, 29, 11, 9, 7]])
 
 

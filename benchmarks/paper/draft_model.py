@@ -6,11 +6,9 @@ the task's text, drafts for mlx-lm's own ``speculative_generate_step``.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
-import argparse
 import json
 import os
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,26 +112,12 @@ def measure(args) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    begin = commands.add_parser("train")
-    begin.add_argument("--model", type=Path, required=True)
-    begin.add_argument("--data", type=Path, required=True)
-    begin.add_argument("--out", type=Path, required=True)
-    begin.add_argument("--minutes", type=float, required=True)
+    about = __doc__.splitlines()[0]
+    parser, begin = study.train_and_measure(about, train, measure, "--draft", prompts=50)
     begin.add_argument("--layers", type=int, default=2)
     begin.add_argument("--width", type=int, default=128)
     begin.add_argument("--batch-size", type=int, default=8)
     begin.add_argument("--learning-rate", type=float, default=2e-3)
-    begin.add_argument("--seed", type=int, default=0)
-    begin.add_argument("--resume", action="store_true")
-    begin.set_defaults(run=train)
-    look = commands.add_parser("measure")
-    look.add_argument("--model", type=Path, required=True)
-    look.add_argument("--draft", type=Path, required=True)
-    look.add_argument("--task", choices=study.TASKS, required=True)
-    look.add_argument("--prompts", type=int, default=50)
-    look.set_defaults(run=measure)
     args = parser.parse_args()
     args.run(args)
 

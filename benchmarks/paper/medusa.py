@@ -13,7 +13,6 @@ the same decoder, as streams that run through no layer at all.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
-import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,27 +178,13 @@ def measure(args) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    begin = commands.add_parser("train")
-    begin.add_argument("--model", type=Path, required=True)
-    begin.add_argument("--data", type=Path, required=True)
-    begin.add_argument("--out", type=Path, required=True)
-    begin.add_argument("--minutes", type=float, required=True)
+    about = __doc__.splitlines()[0]
+    parser, begin = study.train_and_measure(about, train, measure, "--heads", prompts=100)
     begin.add_argument("--heads-number", type=int, default=4)
     begin.add_argument("--shared-head", action="store_true")
     begin.add_argument("--batch-size", type=int, default=4)
     begin.add_argument("--hosts", type=int, default=16)
     begin.add_argument("--learning-rate", type=float, default=1e-3)
-    begin.add_argument("--seed", type=int, default=0)
-    begin.add_argument("--resume", action="store_true")
-    begin.set_defaults(run=train)
-    look = commands.add_parser("measure")
-    look.add_argument("--model", type=Path, required=True)
-    look.add_argument("--heads", type=Path, required=True)
-    look.add_argument("--task", choices=study.TASKS, required=True)
-    look.add_argument("--prompts", type=int, default=100)
-    look.set_defaults(run=measure)
     args = parser.parse_args()
     args.run(args)
 

@@ -15,6 +15,7 @@ only by ``headline.py``.
 from __future__ import annotations
 
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
+import argparse
 import json
 import subprocess
 import sys
@@ -169,3 +170,32 @@ def save_json(path: Path, found: dict) -> None:
 def read_json(path: Path) -> dict:
     """Empty where there is no such file yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def train_and_measure(about: str, train, measure, made: str, prompts: int):
+    """A command line of two commands for something that is trained beside a model, then measured.
+
+    Args:
+        about: for --help; train, measure: called with the arguments.
+        made: option of ``measure`` that names what was trained.
+        prompts: how many, if not told otherwise.
+
+    Returns:
+        (the parser, that of ``train``, which gets options of its own).
+    """
+    parser = argparse.ArgumentParser(description=about)
+    commands = parser.add_subparsers(dest="command", required=True)
+    begin, look = commands.add_parser("train"), commands.add_parser("measure")
+    for command in (begin, look):
+        command.add_argument("--model", type=Path, required=True)
+    for name in ("--data", "--out"):
+        begin.add_argument(name, type=Path, required=True)
+    begin.add_argument("--minutes", type=float, required=True)
+    begin.add_argument("--seed", type=int, default=0)
+    begin.add_argument("--resume", action="store_true")
+    begin.set_defaults(run=train)
+    look.add_argument(made, type=Path, required=True)
+    look.add_argument("--task", choices=TASKS, required=True)
+    look.add_argument("--prompts", type=int, default=prompts)
+    look.set_defaults(run=measure)
+    return parser, begin

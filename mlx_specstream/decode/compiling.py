@@ -25,8 +25,7 @@ from .costs_here import costs_key
 
 def compiles(seams: Seams) -> bool:
     """Are this model's passes compiled? Found out once; ``seams.compiles`` says it from then on."""
-    if "compiles" not in seams.kept:
-        seams.kept["compiles"] = True
+    if seams.compiles is None:
         seams.compiles = not waits_for_compiler() or mark_of(seams).is_file()
     return seams.compiles
 

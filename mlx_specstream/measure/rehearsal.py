@@ -77,11 +77,11 @@ class Rehearsal:
     def _answer(self, prompt: list[int], **how) -> tuple[list[int], int]:
         """(token ids, passes). Nothing is compiled: the weights are others the next time."""
         seams, record = self.seams, Record()
-        seams.kept["compiles"], seams.compiles = True, False  # decided, as decode/compiling.py does
+        compiles, seams.compiles = seams.compiles, False
         try:
             how = {"max_tokens": TOKENS, "record": record, **how}
             said = [r.token for r in stream_generate(seams.model, self.tokenizer, prompt, **how)]
         finally:
             seams.kept.clear()
-            seams.compiles = True
+            seams.compiles = compiles
         return said, len(record.passes)

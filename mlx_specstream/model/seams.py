@@ -134,7 +134,7 @@ class Seams:
         self.num_layers = len(model.layers)
         self.running: Pass | None = None
         self.kept: dict = {}  # what one answer leaves for the next: compiled passes, statistics
-        self.compiles = True  # see decode/compiling.py
+        self.compiles: bool | None = None  # decode/compiling.py finds out
         self._draft_head: DraftHead | None = None
         self.head_rows: SomeRows | None = None  # norm and head over a few tokens
         self.around: Callable | None = None  # calls a layer: (call, x, context, index) -> x
@@ -221,7 +221,9 @@ class Seams:
         run.contexts = [LayerContext(run, store) for store in stores]
         outer, self.running = self.running, run  # pruning calls the head inside a pass
         try:
-            with fast_activations(self._swiglu if run.decoding and self.compiles else []):
+            with fast_activations(
+                self._swiglu if run.decoding and self.compiles is not False else []
+            ):
                 return self.model(tokens, cache=run.contexts)
         finally:
             self.running = outer
