@@ -101,13 +101,15 @@ def main_loss(seams: Seams, batch: Batch, hidden: Hidden) -> mx.array:
 def head_losses(seams: Seams, loss: Callable, hidden: mx.array, labels: mx.array) -> mx.array:
     """Losses [B, r] of last hidden states [B, r, E] against labels [B, r] or [B, r, E].
 
-    The head over a large vocabulary is the largest array of a step, so it goes in chunks whose
-    logits are made again for the gradient.
+    The head over a large vocabulary is the largest array of a step, so above ``HEAD_ELEMENTS`` logits
+    it goes in chunks whose logits are made again for the gradient.
     """
     step = max(1, HEAD_ELEMENTS // (hidden.shape[0] * seams.vocabulary_size))
+    if step >= hidden.shape[1]:  # small enough to keep
+        return loss(seams, labels)(hidden)
     return mx.concatenate(
         [
-            loss(seams, labels[:, at : at + step])(hidden[:, at : at + step])
+            mx.checkpoint(loss(seams, labels[:, at : at + step]))(hidden[:, at : at + step])
             for at in range(0, hidden.shape[1], step)
         ],
         axis=1,
@@ -121,7 +123,7 @@ def hard_loss(seams: Seams, targets: mx.array) -> Callable[[mx.array], mx.array]
         logits = seams.head(hidden).astype(mx.float32)
         return nn.losses.cross_entropy(logits, mx.maximum(targets, 0), reduction="none")
 
-    return mx.checkpoint(loss)
+    return loss
 
 
 def soft_loss(seams: Seams, teacher: mx.array) -> Callable[[mx.array], mx.array]:
@@ -140,7 +142,7 @@ def soft_loss(seams: Seams, teacher: mx.array) -> Callable[[mx.array], mx.array]
         wanted = mx.stop_gradient(logprobs(teacher))
         return (mx.exp(wanted) * (wanted - logprobs(hidden))).sum(axis=-1)
 
-    return mx.checkpoint(loss)
+    return loss
 
 
 def given_text(seams: Seams, hidden: mx.array, tokens: mx.array, hosts: mx.array) -> mx.array:
