@@ -32,8 +32,8 @@ from tasks import valid_sample
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.decode.costs_here import costs_key
 from mlx_specstream.measure.rows import measure_costs
-from mlx_specstream.model.projections import embedding_of, weight_shape
-from mlx_specstream.model.seams import Seams, attach, seams_of, stream_shapes
+from mlx_specstream.model.projections import embedding_of, stream_shapes, weight_shape
+from mlx_specstream.model.seams import Seams, attach, seams_of
 from mlx_specstream.model.streams import Streams
 from mlx_specstream.profile import FOLDER, save_profile
 

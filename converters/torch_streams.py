@@ -16,15 +16,16 @@ from mlx.utils import tree_flatten
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import BadCheckpoint
 from mlx_specstream.model.checkpoint import (
+    CALIBRATION,
     VOCABULARY,
     WEIGHTS,
     fingerprint,
     read_description,
     save_streams,
+    temperatures_of,
 )
 from mlx_specstream.model.draft_head import broken_rule
-from mlx_specstream.model.projections import embedding_of, hidden_size, weight_shape
-from mlx_specstream.model.seams import stream_shapes
+from mlx_specstream.model.projections import embedding_of, hidden_size, stream_shapes, weight_shape
 from mlx_specstream.model.streams import Streams
 
 from .plausible import check_plausible
@@ -32,6 +33,7 @@ from .safetensors_header import check_safetensors
 from .safetensors_writer import write_safetensors
 
 CONFIG, BASE, TRAINING = "stream_config", "stream_base", "stream_training"
+BESIDE = (CONFIG, BASE, TRAINING, "stream_calibration")  # what describes the tensors
 FILE = "pytorch_streams.safetensors"
 # (in PyTorch, in a streams folder, whether the last two axes are swapped)
 NAMES = (
@@ -46,17 +48,22 @@ NAMES = (
     ("condition.state.weight", "condition.c", True),
     ("condition.bias", "condition.d", False),
     ("condition.out.weight", "condition.b", True),
+    ("root.embedding.weight", "root.a", True),
+    ("root.state.weight", "root.c", True),
+    ("root.bias", "root.d", False),
+    ("root.out.weight", "root.b", True),
     (VOCABULARY, VOCABULARY, False),
 )
 
 
 class TorchStreams(NamedTuple):
-    """Streams in PyTorch's layout: tensors by their names there, and what describes them."""
+    """Streams in PyTorch's layout: tensors by their names there, and what describes them (`BESIDE`)."""
 
     tensors: dict[str, mx.array]
     config: Any  # the JSON of a StreamConfig: text, or already an object
     base: Any = None  # the fingerprint of the base, where it is known
     training: Any = None
+    calibration: Any = None
 
 
 def pattern(template: str) -> re.Pattern:
@@ -115,6 +122,12 @@ def build_streams(source: TorchStreams, model) -> Streams:
         config = StreamConfig.from_json(about)
     except (TypeError, ValueError) as error:  # BadArgument is a ValueError
         raise BadCheckpoint(f"{CONFIG}: {error}") from None
+    calibration = parsed(source.calibration, BESIDE[-1])
+    try:
+        beside = {} if calibration is None else {CALIBRATION: calibration}
+        temperatures = temperatures_of({"config": config, **beside})
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{BESIDE[-1]} is damaged: {error}") from None
     tensors = dict(source.tensors)
     vocabulary = tensors.pop(VOCABULARY, None)
     if model is None:
@@ -145,6 +158,7 @@ def build_streams(source: TorchStreams, model) -> Streams:
         ours.append((new, swapped(value, swap).astype(mx.float32)))
     streams.load_weights(ours)
     mx.eval(streams.parameters())
+    streams.temperatures = temperatures
     if vocabulary is not None:
         streams.draft_vocabulary = vocabulary
     return streams
@@ -155,7 +169,8 @@ def sizes_in(tensors: dict[str, mx.array], config: StreamConfig) -> dict[str, An
     last = {name: value.shape[-1] for name, value in tensors.items() if value.ndim}
     widths = [
         *(last.get("stream_embeddings.weight"), last.get("stream_init.lora_A.weight")),
-        *(last.get("early_exit.lora_A.weight"), last.get("condition.state.weight"), 1),
+        *(last.get("early_exit.lora_A.weight"), last.get("condition.state.weight")),
+        *(last.get("root.state.weight"), 1),
     ]
     shapes: list[dict[str, tuple[int, int]]] = [{} for _ in range(config.msa_layers)]
     for name, value in tensors.items():
@@ -164,7 +179,7 @@ def sizes_in(tensors: dict[str, mx.array], config: StreamConfig) -> dict[str, An
         if found and int(found[1]) < len(shapes) and other is not None:
             shapes[int(found[1])][found[2]] = (value.shape[-1], other.shape[0])
     width = next(size for size in widths if size)
-    narrow = last.get("condition.embedding.weight", width)
+    narrow = last.get("condition.embedding.weight", last.get("root.embedding.weight", width))
     return {"width": width, "shapes": shapes, "token_width": narrow}
 
 
@@ -198,11 +213,17 @@ def read_streams_folder(folder: Path) -> TorchStreams:
             raise BadCheckpoint(f"{folder / WEIGHTS}: unknown tensor {name!r}")
         named[new[0]] = swapped(value, new[1])
     config = description["config"].to_json()
-    return TorchStreams(named, config, description["base"], description.get("training"))
+    return TorchStreams(
+        named,
+        config,
+        description["base"],
+        description.get("training"),
+        description.get(CALIBRATION),
+    )
 
 
 def write_torch_streams(streams: TorchStreams, path: Path) -> None:
     """One safetensors file that PyTorch reads with `safetensors.torch.load_file`."""
-    about = {CONFIG: streams.config, BASE: streams.base, TRAINING: streams.training}
-    metadata = {key: json.dumps(value) for key, value in about.items() if value is not None}
+    about = zip(BESIDE, streams[1:], strict=True)
+    metadata = {key: json.dumps(value) for key, value in about if value is not None}
     write_safetensors(path, dict(streams.tensors), {"format": "pt", **metadata})

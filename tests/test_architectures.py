@@ -26,8 +26,9 @@ from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import UnsupportedModel
 from mlx_specstream.model.cache import make_prompt_cache
 from mlx_specstream.model.checkpoint import compare, fingerprint
+from mlx_specstream.model.projections import stream_shapes
 from mlx_specstream.model.rows import tree_rows
-from mlx_specstream.model.seams import Pass, Seams, attach, detach, seams_of, stream_shapes
+from mlx_specstream.model.seams import Pass, Seams, attach, detach, seams_of
 from mlx_specstream.model.support import TESTED, check_supported
 
 NAMES = sorted(CONFIGS)

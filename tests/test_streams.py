@@ -10,7 +10,8 @@ from tiny_models import attached, make_model, make_streams, randomized, without_
 
 from mlx_specstream.config import PROJECTIONS, StreamConfig
 from mlx_specstream.errors import BadArgument
-from mlx_specstream.model.seams import attach, stream_shapes
+from mlx_specstream.model.projections import stream_shapes
+from mlx_specstream.model.seams import attach
 from mlx_specstream.model.streams import LowRank, Streams
 
 TOKENS = [[3, 60, 21, 9, 14, 35, 52], [8, 8, 1, 30, 66, 0, 17]]

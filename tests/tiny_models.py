@@ -11,8 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.model.architectures import model_classes
-from mlx_specstream.model.projections import embedding_of, hidden_size, weight_shape
-from mlx_specstream.model.seams import Seams, attach, stream_shapes
+from mlx_specstream.model.projections import embedding_of, hidden_size, stream_shapes, weight_shape
+from mlx_specstream.model.seams import Seams, attach
 from mlx_specstream.model.streams import Streams
 
 VOCABULARY = 67

@@ -19,8 +19,7 @@ from mlx.utils import tree_flatten
 from ..config import FORMAT_VERSION, StreamConfig
 from ..errors import BadCheckpoint, StreamsMismatch
 from .draft_head import broken_rule
-from .projections import embedding_of, hidden_size, weight_shape
-from .seams import stream_shapes
+from .projections import embedding_of, hidden_size, stream_shapes, weight_shape
 from .streams import Streams
 
 WEIGHTS, DESCRIPTION = "streams.safetensors", "streams.json"
@@ -169,7 +168,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         dict(description["base"]["shapes"])
         if np.array(description["base"]["sketch"], dtype=np.float64).ndim != 1:
             raise ValueError("sketch must be a list of numbers")
-        _temperatures(description)
+        temperatures_of(description)
     except (KeyError, TypeError, ValueError) as error:  # BadArgument is a ValueError
         raise BadCheckpoint(f"[streams] {folder / DESCRIPTION} is damaged: {error}.") from None
     return description
@@ -212,7 +211,7 @@ def load_streams(
     V, token_width = weight_shape(embedding_of(model))
     shapes = stream_shapes(model, config)
     streams = Streams(config, hidden_size(model), shapes, token_width=token_width)
-    streams.temperatures = _temperatures(description)
+    streams.temperatures = temperatures_of(description)
     weights, _ = _read_weights(folder / WEIGHTS)
     vocabulary = weights.pop(VOCABULARY, None)
     if vocabulary is not None:
@@ -232,8 +231,14 @@ def load_streams(
     return streams, note
 
 
-def _temperatures(description: dict[str, Any]) -> np.ndarray | None:
-    """Of the streams, float32 [g], if ``streams.json`` has them; raises what its reader catches."""
+def temperatures_of(description: dict[str, Any]) -> np.ndarray | None:
+    """Of the streams, float32 [g], if ``streams.json`` has them.
+
+    Args:
+        description: its ``calibration``, if any, and its ``config``, a ``StreamConfig``.
+
+    Raises: KeyError, TypeError or ValueError for damage.
+    """
     if CALIBRATION not in description:
         return None
     found = np.array(description[CALIBRATION]["temperatures"], dtype=np.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import mlx.nn as nn
 
+from ..config import StreamConfig
 from ..errors import UnsupportedModel
 from .positions import TABLES
 
@@ -114,3 +115,20 @@ def embedding_of(model: nn.Module) -> nn.Module:
     raise UnsupportedModel(
         "[model] no token embedding found; only language models can have streams."
     )
+
+
+def stream_shapes(model: nn.Module, config: StreamConfig) -> list[dict[str, tuple[int, int]]]:
+    """(d_in, d_out) of every projection that gets LoRA, per MSA layer, lowest first."""
+    shapes = []
+    for index, layer in enumerate(model.layers[-config.msa_layers :]):
+        shapes.append(
+            {
+                key: (projection.d_in, size)
+                for _, projection in projections_of(layer, index)
+                for key, size in zip(
+                    projection.only(config.lora_targets).keys, projection.sizes, strict=True
+                )
+                if key
+            }
+        )
+    return shapes

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from ..config import StreamConfig
 from ..errors import BadArgument
 from ..model.checkpoint import load_streams
-from ..model.projections import embedding_of, hidden_size, weight_shape
-from ..model.seams import Seams, stream_shapes
+from ..model.projections import embedding_of, hidden_size, stream_shapes, weight_shape
+from ..model.seams import Seams
 from ..model.streams import Streams
 from .data import Example, make_batch
 from .passes import base_pass
