@@ -5,6 +5,7 @@ import statistics
 import time
 
 from mlx_specstream import blas, load, stream_generate
+from mlx_specstream.measure.warm import warm_up
 
 PROMPTS = (
     "MR: name[The Phoenix], eatType[pub], food[Italian], priceRange[cheap], area[riverside]\nText:",
@@ -37,10 +38,8 @@ def main():
     parser.add_argument("--streams", required=True)
     args = parser.parse_args()
     model, tokenizer = load(args.model, streams=args.streams)
-    print(
-        "warming up (on Linux this compiles MLX's CPU kernels once, some twenty seconds)",
-        flush=True,
-    )
+    print("warming up (on Linux MLX compiles its CPU kernels first: a minute or two)", flush=True)
+    warm_up(model, tokenizer)
     for prompt in PROMPTS:
         for use_streams in (False, True, True):
             run(model, tokenizer, prompt, use_streams)
