@@ -55,7 +55,7 @@ def test_heads_compute_what_the_paper_says(shared_head):
         matrix = medusa.head_matrix(model).T if shared_head else heads.u[j]
         want.append(x @ np.array(matrix, np.float64))
     hidden, stores = medusa_pass(seams)
-    run = seams.run_streams(hidden, mx.arange(5)[None], mx.array([PROMPT]), stores)
+    run = seams.run_streams(hidden, mx.arange(5)[None], stores)
     got = seams.head(run.last_hidden)[0].reshape(3, 5, -1)
     assert_close(got, np.stack(want), 1e-5)
 

@@ -216,7 +216,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora-alpha", type=float, help="default: the rank")
     parser.add_argument("--lora-targets", nargs="+", choices=PROJECTIONS, default=PROJECTIONS)
     parser.add_argument("--condition-rank", type=int, default=0, help="of conditioned drafts")
-    parser.add_argument("--root-rank", type=int, default=0, help="of streams that know their root")
     parser.add_argument("--target", choices=("hard", "distill"), default="hard")
     parser.add_argument("--iters", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="train for this long instead of --iters")
@@ -248,7 +247,6 @@ def main(argv: list[str] | None = None) -> Path:
         lora_alpha=float(args.lora_rank if args.lora_alpha is None else args.lora_alpha),
         lora_targets=tuple(args.lora_targets),
         condition_rank=args.condition_rank,
-        root_rank=args.root_rank,
     )
     model = StreamingModel(base, Streams(base, config).to(args.device))
     examples = read(args.data / "train.jsonl", tokenizer, args.max_seq_length)

@@ -199,12 +199,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "preset's; shared: 0)",
     )
     shape.add_argument(
-        "--root-rank",
-        type=int,
-        help="rank of the map that tells all streams, where they begin, which token was chosen before "
-        "them; 0: none (default: 0)",
-    )
-    shape.add_argument(
         "--value-rotation",
         type=float,
         help="epsilon; replaces the stream embeddings (default: 0)",

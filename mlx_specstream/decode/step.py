@@ -231,8 +231,7 @@ def stream_logits(
     """
     if not shape.inline:
         stores = _stores(offset, bases, shape.lengths, keys, values)
-        host = (offset - 1).reshape(1, 1)
-        run = seams.run_streams(hidden, host, root.reshape(1, 1), stores, decoding=True)
+        run = seams.run_streams(hidden, (offset - 1).reshape(1, 1), stores, decoding=True)
         _hand_over(stores, keys, values)
         hidden = run.last_hidden
     if seams.streams.config.condition_rank:

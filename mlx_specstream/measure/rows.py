@@ -20,7 +20,7 @@ from ..decode.compiling import compiled_at_once
 from ..decode.costs import Costs
 from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
-from ..decode.plan import NextPass, placements
+from ..decode.plan import NextPass
 from ..decode.step import WIDE
 from ..decode.tree import TreeShape
 from ..errors import BadArgument
@@ -112,12 +112,11 @@ def measure_costs(
         Lower quartiles, in milliseconds.
     """
     has_streams = seams.streams is not None
-    possible = placements(seams.streams.config) if has_streams else ()
-    deferrable, inline = "deferred" in possible, inline and "inline" in possible
+    deferrable = has_streams and not seams.streams.config.main_sees_streams
     kinds = [_Script(n, False, False) for n in rows]
     if deferrable:
         kinds += [_Script(n, True, False) for n in rows]
-    if inline or possible == ("inline",):
+    if has_streams and (inline or not deferrable):
         kinds += [_Script(n, True, True) for n in rows if n <= 16]
     total, done = len(contexts) * (repeats + 2), count(1)
     with compiled_at_once(seams):
