@@ -37,10 +37,15 @@ class Parameter(NamedTuple):
 
 
 class Account:
-    """Sees the tensors that a model class is given, and says what became of them."""
+    """Sees the tensors that a model class is given, and says what became of them.
 
-    def __init__(self):
+    Args:
+        instead: tensors that the class is given instead of those of the same names in its files.
+    """
+
+    def __init__(self, instead: dict[str, mx.array] | None = None):
         self.sources: dict[str, mx.array] = {}
+        self.instead = instead or {}
 
     def watching(self, get_classes: Callable) -> Callable:
         """`get_classes` of mlx-lm's loader, whose class also tells this account what it is given."""
@@ -51,6 +56,7 @@ class Account:
 
             class Watched(model_class):
                 def sanitize(self, weights):
+                    weights = {**weights, **account.instead}
                     account.sources = dict(weights)
                     known = getattr(super(), "sanitize", None)
                     return weights if known is None else known(weights)

@@ -7,13 +7,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_specstream.errors import BadArgument, BadCheckpoint
+from mlx_specstream.errors import BadArgument, BadCheckpoint, UnsupportedModel
 from mlx_specstream.model.architectures import model_classes
+from mlx_specstream.model.checkpoint import read_description
 
 from .dry_run import describe_files
 from .folder import check_folder
 from .formats import locate, open_checkpoint, own_name
+from .head import HEAD, TIED, embedding_in
 from .mlx_adapter import fuse_adapter, is_mlx_adapter, write_mlx_adapter
+from .model_card import ADAPTER, STREAMS, model_card, streams_in_words
 from .new_folder import new_folder, scratch_folder
 from .peft_adapter import CONFIG as ADAPTER_CONFIG
 from .peft_adapter import PeftAdapter, is_peft, read_peft
@@ -21,7 +24,7 @@ from .plausible import check_layers
 from .safetensors_header import read_header
 from .source import find_adapter
 from .staging import staged_model
-from .torch_streams import BASE, CONFIG, FILE, TRAINING, TorchStreams, write_streams
+from .torch_streams import BESIDE, FILE, TorchStreams, write_streams
 from .weight_file import is_weights, look_into, read_tensors
 from .weights import has_weights, read_json
 
@@ -34,6 +37,7 @@ def is_apart(path: Path) -> bool:
 
 
 def convert_apart(
+    origin: str | Path,
     path: Path,
     target: Path,
     base: str | Path | None,
@@ -44,6 +48,8 @@ def convert_apart(
     """An adapter or streams to a folder of their own.
 
     Args:
+        origin: the path or hub id that was given, for the card of the result.
+        path: where that lies here.
         changes: what was asked for that only a whole model can have.
         plan: for a dry run, takes a line for each tensor; nothing is kept.
 
@@ -60,11 +66,16 @@ def convert_apart(
         return path
     with new_folder(target) if plan is None else scratch_folder() as folder:
         if is_adapter(path):
-            convert_adapter(path, folder, base, log)
+            kind, base = ADAPTER, convert_adapter(path, folder, base, log)
+            facts = adapter_facts(folder)
         else:
+            kind = STREAMS
             convert_streams(streams_file(path), folder, base)
+            facts = streams_facts(folder)
         for line in describe_files(folder, path) if plan else ():
             plan(line)
+        card = model_card(target.name, origin, path, facts, kind, base)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     if plan is None:
         log(f"wrote {target}")
     return target if plan is None else None
@@ -86,7 +97,7 @@ def convert_streams(path: Path, folder: Path, base: str | Path | None) -> None:
     values = look_into(path).values
     source = TorchStreams(
         {own_name(name): value for name, value in read_tensors(path).items()},
-        *map(values.get, (CONFIG, BASE, TRAINING)),
+        *map(values.get, BESIDE),
     )
     if base is not None:
         with scratch_folder() as room, staged_model(open_checkpoint(locate(base)), room) as model:
@@ -104,21 +115,57 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() and not has_weights(path)
 
 
-def convert_adapter(path: Path, folder: Path, base: str | Path | None, log: Log) -> None:
-    """A PEFT adapter to an adapter folder of mlx-lm, apart from its base, which tells whether it fits."""
+def convert_adapter(
+    path: Path, folder: Path, base: str | Path | None, log: Log
+) -> str | Path | None:
+    """A PEFT adapter to an adapter folder of mlx-lm, apart from its base, which tells whether it fits.
+
+    Returns: the base, given or named by the adapter; None where nobody says.
+    """
     check_folder(path)
     named = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if base is None and isinstance(named, str) and (Path(named) / "config.json").is_file():
+    named = named if isinstance(named, str) and named else None
+    if base is None and named and (Path(named) / "config.json").is_file():
         base = named
     if base is None:
         log("note: the base is not here, so names were taken as they are; --base checks them")
         write_mlx_adapter(read_peft(path, None), folder, None)
-        return
+        return named
     checkpoint = open_checkpoint(locate(base))
     family = checkpoint.config.get("model_type")
-    write_mlx_adapter(read_peft(path, family), folder, family)
+    adapter = read_peft(path, family)
+    embedding = embedding_in(checkpoint.names.values()) if checkpoint.view.get(TIED) else None
+    if embedding and (adapter.changes(HEAD) or adapter.changes(embedding)):
+        raise UnsupportedModel(
+            f"{path}: the adapter changes the head or the embedding, which are one tensor in the base, "
+            "and mlx-lm's adapters cannot part them; merge it into its base with --adapter"
+        )
+    write_mlx_adapter(adapter, folder, family)
     with scratch_folder() as room, staged_model(checkpoint, room) as model:
         fuse_adapter(model, folder)  # lazily: nothing is computed
+    return base
+
+
+def adapter_facts(folder: Path) -> dict[str, str]:
+    """What a card says of an adapter of mlx-lm."""
+    about = read_json(folder / ADAPTER_CONFIG)
+    parameters = about["lora_parameters"]
+    return {
+        "kind": {"dora": "DoRA"}.get(about["fine_tune_type"], "LoRA"),
+        "rank": f"{parameters['rank']}; the scales of PEFT are part of lora_b",
+        "layers that it changes": ", ".join(parameters["keys"]),
+    }
+
+
+def streams_facts(folder: Path) -> dict[str, str]:
+    """What a card says of streams."""
+    description = read_description(folder)
+    base, training = description["base"], description.get("training")
+    facts = {"streams": streams_in_words(description["config"])}
+    facts["they belong to"] = f"a {base.get('model_type')!r} of {base.get('num_layers')} layers"
+    if isinstance(training, dict) and isinstance(training.get("steps"), int):
+        facts["training"] = f"{training['steps']} steps"
+    return facts
 
 
 def open_adapter(path: str | Path, config: dict) -> PeftAdapter | Path:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_specstream.errors import BadCheckpoint, SpecStreamError
@@ -14,7 +15,7 @@ from .dry_run import describe_plan, describe_streams
 from .formats import Checkpoint, locate, open_checkpoint
 from .hf_config import normalise, transformers_view
 from .mlx_adapter import fuse_adapter
-from .model_card import model_card, what_was_done
+from .model_card import kind_of_model, model_card, told, what_was_done
 from .new_folder import check_free, new_folder, scratch_folder
 from .precision import cast, check_arguments, check_packed, requantize
 from .report import compare, encoded, logits_of
@@ -67,7 +68,8 @@ def convert(
     dry run). A new folder appears at the end, whole, or not at all.
     Raises: BadArgument, BadCheckpoint or UnsupportedModel, each with one line.
     """
-    check_arguments(quantize, dequantize, dtype, q_mode, quant_predicate)
+    quantization = (q_group_size, q_bits, q_mode, quant_predicate)
+    check_arguments(quantize, dequantize, dtype, quantization)
     log = log or (lambda line: None)
     target = Path(mlx_path).expanduser()
     check_free(target)
@@ -75,13 +77,14 @@ def convert(
     if is_apart(found):
         changes = {"quantize": quantize, "dequantize": dequantize, "dtype": dtype}
         changes |= {"adapter": adapter, "report": report}
-        return convert_apart(found, target, base, changes, log, plan)
+        return convert_apart(hf_path, found, target, base, changes, log, plan)
     checkpoint = open_checkpoint(found, base, trust_remote_code)
     source, original = checkpoint.folder, checkpoint.config
     fused = adapter and checkpoint.take_adapter(open_adapter(adapter, original))
     notes = check_remote_code(original, trust_remote_code)
     check_packed(original)
-    config, more = normalise(original)
+    checkpoint.settle_head()
+    config, more = normalise(checkpoint.config)
     notes += more
     if not (quantize or dequantize or dtype or adapter or plan) and is_converted(
         checkpoint.files, original, config
@@ -116,7 +119,7 @@ def convert(
         if checkpoint.streams and plan is None:
             write_streams(checkpoint.streams, model, folder / "streams")
             log("streams: their own folder, in float32")
-        quantization = (q_group_size, q_bits, q_mode, quant_predicate)
+        before = config
         model, config = requantize(model, config, quantize, dequantize, quantization, log)
         rows, unused = account.close(dict(tree_flatten(model.parameters())))
         for line in describe(rows, unused):
@@ -125,9 +128,18 @@ def convert(
             for line in (*describe_plan(rows, names), *describe_streams(checkpoint.streams)):
                 plan(line)
             return None
-        card = model_card(
-            target.name, str(hf_path), source, what_was_done(config, dtype, len(rows))
-        )
+        facts = what_was_done(config, dtype, len(rows), before)
+        if adapter:
+            facts["adapter merged into the weights"] = told(adapter)
+        if base is not None and source != found:
+            facts["config.json and tokenizer from"] = told(base)
+        elif checkpoint.helper:
+            facts["tokenizer from"] = told(base)
+        if checkpoint.config is not original:
+            facts["head"] = "a tensor of its own, though the source's config.json ties it"
+        if checkpoint.streams:
+            facts["streams"] = "trained in PyTorch, in the folder `streams`"
+        card = model_card(target.name, hf_path, source, facts, kind_of_model(config))
         (folder / "README.md").write_text(card, encoding="utf-8")
         save(model, config, checkpoint, folder, trust_remote_code, progress)
         del model
@@ -145,7 +157,8 @@ def convert(
 def rotary_notes(model, config: dict) -> list[str]:
     """As `check_rotary`, with one line for settings that no formula can be made of."""
     try:
-        return check_rotary(model, transformers_view(config), config["model_type"])
+        with np.errstate(all="ignore"):  # no warnings: what is not finite is refused
+            return check_rotary(model, transformers_view(config), config["model_type"])
     except SpecStreamError:
         raise
     except Exception as error:

@@ -73,24 +73,24 @@ def export_model(source: Path, folder: Path, dequantize: bool, log) -> None:
     check_remote_code(original, False)
     for file in source.glob("model*.safetensors"):
         check_safetensors(file)
-    model, config = load_staged(source, False)
     family = original["model_type"]
-    model, config = requantize(model, config, False, dequantize, None, log)
-    weights = dict(tree_flatten(model.parameters()))
-    hf = turned_convolutions(UNDO.get(family, lambda weights: weights)(weights))
     if family not in TESTED:
         log(
             f"note: nobody has held the way back of {family!r} against transformers yet; compare logits"
         )
-    packed = sorted(name for name in hf if name.endswith(".scales"))
+    back, config = turned_back(source, dequantize)
+    packed = sorted(name for name in back if name.endswith(".scales"))
     if packed:
         raise BadArgument(
             f"{source}: {packed[0].removesuffix('.scales')} is quantised, which Hugging Face's form "
             "cannot hold; add --dequantize"
         )
-    check_gives_back(model, hf, config)
-    shards = make_shards(hf)
-    table, total = {}, sum(value.nbytes for value in hf.values())
+    check_gives_back(weights_of(source, dequantize)[0], back, config)
+    back, _ = turned_back(source, dequantize)  # lazy again: what was compared is let go
+    written = transformers_config(config, back)
+    shards = make_shards(back)
+    table, total = {}, sum(value.nbytes for value in back.values())
+    back.clear()
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = "model.safetensors" if len(shards) == 1 else name
@@ -101,9 +101,23 @@ def export_model(source: Path, folder: Path, dequantize: bool, log) -> None:
     if len(shards) > 1:
         text = json.dumps(index, indent=1) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    text = json.dumps(transformers_config(config, hf), indent=1) + "\n"
+    text = json.dumps(written, indent=1) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     copy_files(source, folder)
+
+
+def weights_of(source: Path, dequantize: bool) -> tuple[Weights, dict]:
+    """The parameters of a model folder, lazy, and its config."""
+    model, config = load_staged(source, False)
+    model, config = requantize(model, config, False, dequantize, None, lambda line: None)
+    return dict(tree_flatten(model.parameters())), config
+
+
+def turned_back(source: Path, dequantize: bool) -> tuple[Weights, dict]:
+    """As `weights_of`, under the names and in the shapes of transformers."""
+    weights, config = weights_of(source, dequantize)
+    undo = UNDO.get(config["model_type"], lambda weights: weights)
+    return turned_convolutions(undo(weights)), config
 
 
 def transformers_config(config: dict, hf: Weights) -> dict:
@@ -114,9 +128,13 @@ def transformers_config(config: dict, hf: Weights) -> dict:
     return dict(sorted(config.items()))
 
 
-def check_gives_back(model, hf: Weights, config: dict) -> None:
-    """Raise UnsupportedModel unless mlx-lm's class makes the very same weights of `hf`."""
-    wanted, again, family = dict(tree_flatten(model.parameters())), dict(hf), config["model_type"]
+def check_gives_back(wanted: Weights, hf: Weights, config: dict) -> None:
+    """Raise UnsupportedModel unless mlx-lm's class makes the very same weights of `hf`.
+
+    Both are emptied on the way, so that memory holds a few tensors and not two models.
+    """
+    again, family = dict(hf), config["model_type"]
+    hf.clear()
     again = {part.name: part.of(v) for k, v in again.items() for part in parts_of(k, config)}
     try:
         model_class, args_class = model_classes(config)
@@ -134,6 +152,8 @@ def check_gives_back(model, hf: Weights, config: dict) -> None:
                 f"model_type {family!r} has no way back: its tensors are changed when mlx-lm loads "
                 f"them ({name!r}), and how is not known here"
             )
+        del mine, got
+        mx.clear_cache()
 
 
 def turned_convolutions(weights: Weights) -> Weights:

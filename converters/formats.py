@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +15,17 @@ from . import meta
 from .accounting import Tensor, in_kinds
 from .families import Part, parts_of
 from .folder import check_folder
+from .head import TIED, head_and_embedding, untied
 from .hf_config import transformers_view
 from .nested import clean_names
 from .peft_adapter import PeftAdapter
 from .safetensors_writer import write_safetensors
 from .source import find_source, has_tokenizer, read_config
-from .torch_streams import BASE, CONFIG, FILE, TRAINING, TorchStreams, is_stream
-from .weight_file import Contents, is_pickled, is_weights, look_into, read_tensors
+from .torch_streams import BESIDE, CONFIG, FILE, TorchStreams, is_stream
+from .weight_file import Contents, is_pickled, is_weights, look_into, read_tensor, read_tensors
 from .weights import find_weights, has_weights
 
 STREAMS_PREFIX = "streams."  # a program may keep its streams in a module of this name
-HEAD = "lm_head.weight"
 
 
 class Shard(NamedTuple):
@@ -56,6 +57,7 @@ class Checkpoint:
         more: text files that the folder lacks, by name.
         streams: found among the weights, once all shards have been read.
         notes: what was left out, for the user.
+        becomes: the names that the head and the embedding get, where these are not their own.
     """
 
     folder: Path
@@ -67,6 +69,40 @@ class Checkpoint:
     more: dict[str, str] = field(default_factory=dict)
     streams: TorchStreams | None = None
     notes: list[str] = field(default_factory=list)
+    becomes: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def contents(self) -> dict[Path, Contents]:
+        return {path: look_into(path) for path in self.files}
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Tensors of the model: as the files have them -> as transformers has them."""
+        every = [name for inside in self.contents.values() for name in inside.tensors]
+        return clean_names([n for n in every if not own_name(n)], self.config.get("model_type"))
+
+    @property
+    def view(self) -> dict:
+        """The config with the defaults of transformers, where it knows the family."""
+        view = transformers_view(self.config) or self.config
+        return {**view, "model_type": self.config.get("model_type")}
+
+    def settle_head(self) -> None:
+        """Find out whether the head is the embedding; where the config is wrong about it, change that."""
+        named = isinstance(self.config.get("model_type"), str)  # else it is refused in its turn
+        if self.from_meta or not named or not self.view.get(TIED):
+            return
+        own = {clean: name for name, clean in self.names.items()}
+        files = {name: path for path, inside in self.contents.items() for name in inside.tensors}
+        tied, self.becomes = head_and_embedding(
+            own, self.adapter, lambda name: read_tensor(files[own[name]], own[name])
+        )
+        if not tied:
+            self.config = untied(self.config)
+            self.notes.append(
+                "the head differs from the embedding, though config.json says that they are one: "
+                f"converted as two ({TIED!r} is false in the result)"
+            )
 
     def take_adapter(self, adapter: PeftAdapter | Path) -> Path | None:
         """Merge an adapter of PEFT on the way; the folder of one of mlx-lm is given back."""
@@ -84,20 +120,17 @@ class Checkpoint:
         if self.from_meta:
             yield self._joined(scratch)
             return
-        found = {path: look_into(path) for path in self.files}
-        self._look_beside(found)
-        every = [name for inside in found.values() for name in inside.tensors]
-        family = self.config.get("model_type")
-        base = clean_names([n for n in every if not own_name(n)], family)
-        view = {**(transformers_view(self.config) or self.config), "model_type": family}
-        for path, inside in found.items():
+        self._look_beside(self.contents)
+        view = self.view
+        for path, inside in self.contents.items():
             new, left = {}, []
             for name, tensor in inside.tensors.items():
-                clean = base.get(name)
+                clean = self.names.get(name)
                 if clean is None:  # of the streams
                     continue
-                parts = parts_of(clean, view)
-                if not parts or (view.get("tie_word_embeddings") and clean == HEAD):
+                own = self.becomes.get(clean)
+                parts = parts_of(clean, view) if own is None else list(map(Part, own))
+                if not parts:
                     left.append(tensor)
                 else:
                     new[name] = parts
@@ -131,9 +164,9 @@ class Checkpoint:
         for path, inside in found.items():
             if CONFIG in inside.values and any(map(own_name, inside.tensors)):
                 tensors = self.streams.tensors if self.streams else {}
-                about = map(inside.values.get, (CONFIG, BASE, TRAINING))
+                about = map(inside.values.get, BESIDE)
                 self.streams = TorchStreams(tensors, *about)
-            left = [key for key in inside.ignored if key not in (CONFIG, BASE, TRAINING)]
+            left = [key for key in inside.ignored if key not in BESIDE]
             if left:
                 self.notes.append(f"{path.name}: left out: {', '.join(sorted(left)[:8])}")
 

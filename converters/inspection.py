@@ -23,10 +23,11 @@ from .apart import is_adapter
 from .folder import check_folder
 from .formats import Checkpoint, open_checkpoint, own_name
 from .mlx_adapter import WEIGHTS as MLX_ADAPTER
+from .model_card import streams_in_words
 from .new_folder import scratch_folder
 from .peft_adapter import WEIGHTS as PEFT_ADAPTER
 from .safetensors_header import read_header
-from .source import check_remote_code
+from .source import check_remote_code, find_source
 from .staging import staged_model
 from .torch_streams import FILE
 from .weight_file import look_into
@@ -38,8 +39,8 @@ SIZE_KEYS = ("hidden_size", "n_embd", "vocab_size", "num_attention_heads", "num_
 class Report(dict):
     """label -> value, in the order of the telling; `problems` says why something is not safe."""
 
-    def __init__(self, path: Path):
-        super().__init__(path=str(path))
+    def __init__(self, path: str):
+        super().__init__(path=path)
         self.problems: list[str] = []
 
     def attempt(self, look, *args) -> None:
@@ -50,17 +51,26 @@ class Report(dict):
             self.problems.append(" ".join(str(error).split()))
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: str | Path, revision: str | None = None) -> Report:
     """Describe a model folder, a streams folder, an adapter folder or one file of weights.
+
+    Args:
+        path: of it, or the id of a repository of the Hub, which is downloaded as for a conversion.
+        revision: of the repository.
 
     Raises: BadCheckpoint when there is nothing to describe. What is damaged or unsafe about it is
     told in the report.
     """
-    report = Report(path)
+    report, path = Report(str(path)), Path(path).expanduser()
+    if not path.exists():
+        path = find_source(
+            report["path"], revision, code=True
+        )  # its code is told of, and never run
+        report["downloaded to"] = str(path)
     if path.is_file():
         report.attempt(tell_file, path)
     elif not path.is_dir():
-        raise BadCheckpoint(f"{path} does not exist; give a file or a folder")
+        raise BadCheckpoint(f"{path} is neither a file nor a folder")
     elif is_adapter(path):
         report.attempt(checked(tell_adapter), path)
     elif any((path / name).exists() for name in ("config.json", "params.json")):
@@ -163,10 +173,8 @@ def tell_streams(report: Report, folder: Path, base: dict[str, Any] | None) -> N
     config, training = description["config"], description.get("training")
     header = read_header(folder / WEIGHTS)
     report.setdefault("kind", "streams folder")
-    report["streams"] = (
-        f"{config.num_streams} streams over the top {config.msa_layers} layers, LoRA of rank "
-        f"{config.lora_rank}, {sum(math.prod(t.shape) for t in header.tensors.values()):,} numbers"
-    )
+    count = sum(math.prod(t.shape) for t in header.tensors.values())
+    report["streams"] = f"{streams_in_words(config)}, {count:,} numbers"
     report["streams are lossless"] = "no" if config.main_sees_streams else "yes"
     report["trained on"] = digest(description["base"])
     if isinstance(training, dict) and "steps" in training:

@@ -15,6 +15,7 @@ from .safetensors_writer import write_safetensors
 from .weights import read_json
 
 WEIGHTS = "adapters.safetensors"
+HALVES = (".lora_a", ".lora_b")
 LAYERS = ("layers", "h")  # what mlx-lm's models call their list of layers
 MLX_PREFIX = {"gpt2": "model."}  # mlx-lm's name of what the files of a family leave out
 
@@ -33,9 +34,12 @@ def fuse_adapter(model, folder: Path, dequantize: bool = False):
     """
     from mlx_lm.utils import load_adapters
 
-    read_json(folder / CONFIG)
-    check_safetensors(folder / WEIGHTS)
+    kind = read_json(folder / CONFIG).get("fine_tune_type")
+    names = check_safetensors(folder / WEIGHTS)
     try:
+        # mlx-lm holds what the file has against the model, and begins all else anew, of any size.
+        if not any(kind == "full" or name.endswith(HALVES) for name in names):
+            raise ValueError("it holds no update")
         model = load_adapters(model, str(folder))
         layers = [(name, m) for name, m in model.named_modules() if hasattr(m, "fuse")]
         if not all(math.isfinite(getattr(m, "scale", 1.0)) for _, m in layers):

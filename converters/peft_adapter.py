@@ -134,6 +134,11 @@ class PeftAdapter:
     def changes(self, name: str) -> bool:
         return name in self.replaced or name.rpartition(".")[0] in self.updates
 
+    def forget(self, name: str) -> None:
+        """Change nothing about a tensor of the base."""
+        self.replaced.pop(name, None)
+        self.updates.pop(name.rpartition(".")[0], None)
+
     def check_used(self) -> None:
         """Raise BadCheckpoint for a part of the adapter that met nothing in the base."""
         wanted = {f"{module}.weight" for module in self.updates} | self.replaced.keys()

@@ -12,12 +12,19 @@ from .staging import one_line
 from .weights import some
 
 DTYPES = ("float16", "bfloat16", "float32")
-MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+MODES = {  # mode -> bits per weight and group sizes that MLX knows
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
 PACKED = ("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 RECIPE_GROUP = 64  # weights per scale; the default of mlx-lm's recipes
 
 
-def check_arguments(quantize, dequantize, dtype, q_mode, quant_predicate) -> None:
+def check_arguments(quantize, dequantize, dtype, quantization) -> None:
+    """Raise BadArgument for what cannot succeed; `quantization` as `requantize` takes it."""
+    group, bits, q_mode, quant_predicate = quantization
     if quantize and dequantize:
         raise BadArgument("choose either quantize or dequantize, not both")
     if dtype is not None and dtype not in DTYPES:
@@ -34,6 +41,17 @@ def check_arguments(quantize, dequantize, dtype, q_mode, quant_predicate) -> Non
             )
         if q_mode != "affine":
             raise BadArgument(f"a quantisation recipe needs q_mode 'affine' but got {q_mode!r}")
+        if bits is not None:
+            raise BadArgument(
+                f"'q_bits' is {bits!r} but {quant_predicate!r} has bits of its own; leave out one of them"
+            )
+    for name, value, known in zip(
+        ("q_bits", "q_group_size"), (bits, group), MODES[q_mode], strict=True
+    ):
+        if value is not None and value not in known:
+            raise BadArgument(
+                f"{name!r} must be {' or '.join(map(str, known))} for q_mode {q_mode!r} but got {value!r}"
+            )
 
 
 def check_packed(config: dict) -> None:

@@ -40,10 +40,12 @@ OTHER_FILES = (
     "NOTICE*",
 )  # a licence travels with its weights
 CARD = "README.md"  # not copied: the result gets one of its own
+NEEDED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES)
+STREAMS_FILES = ("streams.json", "streams.safetensors", "streams/*", "pytorch_streams.safetensors")
 CODE_FILES = ("*.py",)  # copied on request only
 # Many repositories hold the weights several times: the first kind that is there is taken.
 WEIGHT_FILES = (
-    ("model*.safetensors", "model.safetensors.index.json", "pytorch_streams.safetensors"),
+    ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
     ("consolidated*.safetensors", "params.json"),
     ("consolidated*.pth", "params.json"),
@@ -63,25 +65,26 @@ def find_source(hf_path: str, revision: str | None = None, code: bool = False) -
 def download(repo: str, revision: str | None, code: bool) -> str:
     from huggingface_hub import list_repo_files, snapshot_download
 
-    wanted = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, *(CODE_FILES if code else ()), CARD]
+    wanted = [*NEEDED_FILES, *STREAMS_FILES, *OTHER_FILES, CARD, *(CODE_FILES if code else ())]
     try:
         names = list_repo_files(repo, revision=revision)
         kinds = [kind for kind in WEIGHT_FILES if any(fnmatch(name, kind[0]) for name in names)]
         wanted += kinds[0] if kinds else (*ADAPTER_FILES, *BARE_FILES)
         return snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except Exception as online:
-        # Offline, or the Hub is down: an earlier download will do. It holds one kind of weights.
-        rest = [*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES, CARD]
-        for kind in (*WEIGHT_FILES, ADAPTER_FILES[1:], BARE_FILES):
-            with contextlib.suppress(Exception):
-                folder = snapshot_download(
-                    repo,
-                    revision=revision,
-                    allow_patterns=[*rest, *ADAPTER_FILES[:1], *kind],
-                    local_files_only=True,
-                )
-                if any(any(Path(folder).glob(pattern)) for pattern in kind):
-                    return folder
+        # Offline, or the Hub is down: an earlier download will do, if need be one by `generate`. It
+        # holds one kind of weights.
+        for kind in (*WEIGHT_FILES, ADAPTER_FILES[1:], BARE_FILES, STREAMS_FILES):
+            for rest in (wanted, NEEDED_FILES):
+                with contextlib.suppress(Exception):
+                    folder = snapshot_download(
+                        repo,
+                        revision=revision,
+                        allow_patterns=[*rest, *ADAPTER_FILES[:1], *kind],
+                        local_files_only=True,
+                    )
+                    if any(any(Path(folder).glob(pattern)) for pattern in kind):
+                        return folder
         raise online from None
 
 

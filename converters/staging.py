@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_specstream.errors import BadCheckpoint, SpecStreamError
 from mlx_specstream.model.architectures import model_classes
 
@@ -18,6 +20,7 @@ from .plausible import check_layers
 from .safetensors_header import check_safetensors
 from .safetensors_writer import write_hollow, write_safetensors
 from .source import CONFIG_FILES, check_remote_code
+from .weight_file import is_pickled
 from .weights import check_unique
 
 
@@ -29,12 +32,16 @@ def stage_model(
     trusted: bool = False,
     log: Callable[[str], None] = lambda line: None,
     hollow: bool = False,
+    lazy: dict[str, mx.array] | None = None,
 ) -> dict[Path, dict[str, str]]:
     """Lay out in `stage` what mlx-lm's loader expects: normalised config, safetensors only.
 
     Safetensors are linked where nothing in them changes. Everything else becomes a safetensors file
     in `room`, one at a time, so that memory holds one shard and MLX reads the rest lazily; a hollow
     one for a dry run.
+
+    Args:
+        lazy: takes the tensors that can be read lazily as they are; their files are hollow.
 
     Returns: for each file the names of its tensors, as transformers has them -> as the file has them.
     """
@@ -45,7 +52,10 @@ def stage_model(
             log(f"reading {shard.path.name}")
             tensors = shard.tensors(hollow)
             linked = room / f"staged-{number:05d}.safetensors"
-            (write_hollow if hollow else write_safetensors)(linked, tensors)
+            late = lazy is not None and (checkpoint.from_meta or not is_pickled(shard.path))
+            if late:
+                lazy |= tensors
+            (write_hollow if hollow or late else write_safetensors)(linked, tensors)
             del tensors
         (stage / f"model-{number:05d}.safetensors").symlink_to(linked.resolve())
     if checkpoint.adapter:
@@ -63,12 +73,17 @@ def stage_model(
 
 @contextlib.contextmanager
 def staged_model(checkpoint: Checkpoint, room: Path):
-    """mlx-lm's model of a checkpoint as it is; its weights are lazy and gone with the context."""
+    """mlx-lm's model of a checkpoint as it is; its weights are lazy and gone with the context.
+
+    Only pickled weights are written to `room`: they cannot be read piece by piece.
+    """
     check_remote_code(checkpoint.config, False)
+    checkpoint.settle_head()
     config, _ = normalise(checkpoint.config)
     with scratch_folder() as stage:
-        stage_model(checkpoint, config, stage, room)
-        yield load_staged(stage, False)[0]
+        lazy = {}
+        stage_model(checkpoint, config, stage, room, lazy=lazy)
+        yield load_staged(stage, False, Account(lazy))[0]
 
 
 def load_staged(stage: Path, trusted: bool, account: Account | None = None):

@@ -333,6 +333,13 @@ def load_torch(path: Path) -> dict[str, mx.array]:
         return tensors
 
 
+def load_one(path: Path, name: str) -> mx.array:
+    """One tensor of a `.bin` file that has it. Raises: as `open_torch`."""
+    with open_torch(path) as (state, storages):
+        tensor = state.tensors[name]
+        return to_mlx(storages.array(tensor.storage), tensor)
+
+
 def describe_torch(path: Path) -> dict[str, mx.array]:
     """As `load_torch`, but nothing is read: lazy zeros of the same shapes and dtypes."""
     with open_torch(path) as (state, _):

@@ -10,7 +10,7 @@ from mlx_specstream.errors import BadCheckpoint
 from .accounting import Tensor
 from .safetensors_header import check_safetensors, read_header
 from .safetensors_writer import DTYPES
-from .torch_pickle import describe_torch, load_torch, read_state
+from .torch_pickle import describe_torch, load_one, load_torch, read_state
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -76,3 +76,8 @@ def read_tensors(path: Path, hollow: bool = False) -> dict[str, mx.array]:
         return describe_torch(path) if hollow else load_torch(path)
     check_safetensors(path)
     return mx.load(str(path))
+
+
+def read_tensor(path: Path, name: str) -> mx.array:
+    """One tensor of a file that has it."""
+    return load_one(path, name) if is_pickled(path) else read_tensors(path)[name]

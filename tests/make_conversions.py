@@ -348,6 +348,11 @@ def main() -> None:
         "## Meta's form\n",
         meta(),
         "## Adapters\n",
+        "*Tied*: the base has one tensor for head and embedding, and the adapter changes one of them, as "
+        "PEFT's\nrunning model does (its `merge_and_unload` changes both); the result has two. A checkpoint "
+        "whose head differs\nfrom the embedding, whatever its config.json says, is converted as transformers "
+        "5 reads it, with two tensors\nand `tie_word_embeddings` false; where mlx-lm's class has one for both "
+        "(Gemma, GPT-2) it is refused.\n",
         adapters(),
         "## Streams trained in PyTorch\n",
         "The largest difference of main, stream, early-exit and conditioned logits.\n",

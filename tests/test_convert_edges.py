@@ -13,7 +13,7 @@ from mlx_specstream.converters import convert
 from mlx_specstream.converters.families import Part
 from mlx_specstream.converters.inspection import inspect
 from mlx_specstream.converters.peft_adapter import scale_of
-from mlx_specstream.errors import BadCheckpoint
+from mlx_specstream.errors import BadCheckpoint, SpecStreamError
 
 LAYER = "model.layers.1.self_attn.q_proj"
 
@@ -118,3 +118,33 @@ def test_rope_settings_that_make_no_sense(tmp_path, factor):
     folder = copy_golden(tmp_path / "hf", partial_rotary_factor=factor)
     with pytest.raises(BadCheckpoint, match=r"config\.json"):
         convert(folder, tmp_path / "out")
+
+
+def test_a_rank_that_no_tensor_bears_out(tmp_path):
+    """mlx-lm begins what the file lacks anew, random numbers of any rank, times zero."""
+    base, adapter = quantised_with_adapter(tmp_path)
+    write_config(adapter, rank=1 << 21)
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**about, "fine_tune_type": "dora"}))
+    d_out = load_model(base)[0].layers[1].self_attn.o_proj.weight.shape[0]
+    magnitude = {"model.layers.1.self_attn.o_proj.m": mx.ones(d_out)}
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), magnitude)
+    mx.reset_peak_memory()
+    with pytest.raises(BadCheckpoint, match="does not fit the base: it holds no update"):
+        convert(base, tmp_path / "out", adapter=adapter, dequantize=True)
+    assert mx.get_peak_memory() < 64 << 20
+
+
+@pytest.mark.parametrize("kind", [{"rope_type": "yarn"}, 7, None, ["llama"]])
+def test_a_model_type_that_is_no_name(kind, tmp_path):
+    folder = copy_golden(tmp_path / "hf", model_type=kind)
+    with pytest.raises(SpecStreamError, match="model_type"):
+        convert(folder, tmp_path / "out")
+    assert inspect(folder)["safe"] == "no"
+
+
+def test_rope_settings_make_no_warnings(tmp_path, recwarn):
+    folder = copy_golden(tmp_path / "hf", rope_parameters={"rope_type": "default", "rope_theta": 0})
+    with pytest.raises(BadCheckpoint):
+        convert(folder, tmp_path / "out")
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

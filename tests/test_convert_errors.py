@@ -39,7 +39,7 @@ def expect(folder, target, words, kind=SpecStreamError, **options):
         ({"q_mode": "q4"}, "q_mode.*affine.*q4"),
         ({"quantize": True, "quant_predicate": "mixed"}, "mixed_2_6.*'mixed'"),
         ({"quantize": True, "quant_predicate": "mixed_2_6", "q_mode": "mxfp4"}, "affine.*mxfp4"),
-        ({"quantize": True, "q_bits": 11, "q_group_size": 32}, "q_bits=11"),
+        ({"quantize": True, "q_bits": 11, "q_group_size": 32}, "'q_bits' must be .* but got 11"),
     ],
 )
 def test_bad_arguments(options, words, checkpoint, tmp_path):

@@ -114,3 +114,21 @@ def test_report_by_command(capsys, tmp_path):
     line = fails(capsys, *argv, "--q-bits", "5")
     assert "needs -q" in line
     assert np.isfinite(float(re.search(r"(\S+) nats", err)[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--q-bits", "0"], "'q_bits' must be 2 or 3 or 4 or 5 or 6 or 8 for q_mode 'affine'"),
+        (["--q-bits", "-4"], "but got -4"),
+        (["--q-group-size", "0"], "'q_group_size' must be 32 or 64 or 128"),
+        (["--q-mode", "mxfp4", "--q-bits", "8"], "'q_bits' must be 4 for q_mode 'mxfp4'"),
+        (["--q-mode", "nvfp4", "--q-group-size", "0"], "'q_group_size' must be 16"),
+        (["--quant-predicate", "mixed_2_6", "--q-group-size", "0"], "'q_group_size' must be 32"),
+        (["--quant-predicate", "mixed_2_6", "--q-bits", "8"], "has bits of its own"),
+    ],
+)
+def test_numbers_that_no_quantisation_has(options, rule, capsys, tmp_path):
+    """0 is no number of bits; mlx-lm would take its default instead and say nothing."""
+    argv = ["--hf-path", tmp_path / "not-even-read", "--mlx-path", tmp_path / "out", "-q"]
+    assert rule in fails(capsys, "convert", *argv, *options)

@@ -151,8 +151,14 @@ ADAPTERS = {
     "bias of B": ("opt", {"target_modules": ["q_proj"], "lora_bias": True}),
     "biases": ("opt", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "head": ("llama", {**LORA, "modules_to_save": ["lm_head", "norm"]}),
+    # The base of these has one tensor for both.
+    "head, tied": ("qwen2", {**LORA, "modules_to_save": ["lm_head"]}),
+    "LoRA of the head, tied": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding, tied": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "both, tied": ("qwen2", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
 }
 MERGED_ONLY = ("embedding", "embedding dora", "bias of B", "biases", "head")
+MERGED_ONLY += tuple(kind for kind in ADAPTERS if kind.endswith(", tied"))
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -176,6 +182,21 @@ def test_peft(kind, folder, tmp_path):
     assert_same_logits(ours(tmp_path / "base", tmp_path / "apart"), expected)
     convert(tmp_path / "base", tmp_path / "again", adapter=tmp_path / "apart")  # and then fused
     assert_same_logits(ours(tmp_path / "again"), expected)
+
+
+@pytest.mark.parametrize("write", [sources.safetensors, sources.pickled])
+def test_a_head_that_differs_from_the_embedding(write, folder, tmp_path):
+    """config.json says that they are one; transformers believes the tensors."""
+    model = build("qwen2", folder, tie_word_embeddings=False)
+    write(model, folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = True
+    config.save_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = logits_of(theirs, TOKENS)
+    convert(folder, tmp_path / "out")
+    assert_same_logits(ours(tmp_path / "out"), expected)
+    assert_same_logits(ours(tmp_path / "out"), logits_of(model, TOKENS))
 
 
 def test_peft_of_another_base(folder, tmp_path):

@@ -21,9 +21,10 @@ def targets(tmp_path_factory):
 def test_nothing_is_found_in_a_short_run(targets):
     counts = fuzz(6000, 1, targets)
     assert sum(counts.values()) == 6000 + sum(len(t.seeds) for t in targets.values())
-    for name in targets:  # readers meet both kinds of input
-        assert counts[name, "refused"] > 20, name
-        assert counts[name, "taken"] > 20, name
+    for name, target in targets.items():  # readers meet both kinds of input
+        least = 20 if target.share > 0.02 else 5
+        assert counts[name, "refused"] > least, name
+        assert counts[name, "taken"] > least, name
 
 
 def test_the_same_seed_makes_the_same_inputs():

@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @cache
 def files() -> dict[str, bytes]:
     """The repository ``someone/model``: the bundled model with its streams inside."""
-    found = {p.name: p.read_bytes() for p in MODEL.iterdir()}
+    found = {p.name: p.read_bytes() for p in MODEL.iterdir()} | {"LICENSE": b"as you like"}
     return found | {f"streams/{p.name}": p.read_bytes() for p in STREAMS.iterdir()}
 
 
@@ -114,3 +114,37 @@ def test_what_was_downloaded_once_converts_offline(hub, tmp_path):
     assert again.returncode == 0, again.stderr
     name = "model.safetensors"
     assert (tmp_path / "online" / name).read_bytes() == (tmp_path / "offline" / name).read_bytes()
+
+
+def test_streams_of_a_repository_come_along(hub, tmp_path):
+    """Beside a conversion, back to PyTorch, and into an inspection; the loader takes them, too."""
+    argv = ["convert", "--hf-path", "someone/model", "--dequantize", "--mlx-path", tmp_path / "out"]
+    done = command(hub, tmp_path, *argv)
+    said = next(line for line in done.stderr.splitlines() if "its streams were left out" in line)
+    there = Path(said.partition("--streams ")[2])
+    want = {path.name: path.read_bytes() for path in STREAMS.iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == want
+    argv = ["export", "--model", "someone/model", "--dequantize", "--out", tmp_path / "back"]
+    assert command(hub, tmp_path, *argv).returncode == 0
+    assert (tmp_path / "back/pytorch_streams.safetensors").is_file()
+
+
+def test_a_hub_id_is_inspected(hub, tmp_path):
+    done = command(hub, tmp_path, "inspect", "someone/model", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["path"], report["kind"]) == ("someone/model", "model folder")
+    assert report["downloaded to"].endswith(COMMIT)
+    assert report["match"].startswith("alike")
+    done = command(hub, tmp_path, "inspect", "someone/nothing")
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert "someone/nothing is neither a local folder nor downloadable" in done.stderr
+
+
+def test_what_generate_downloaded_converts_offline(hub, tmp_path):
+    """It brings no licence and no card, and other names than a conversion asks for."""
+    argv = ["generate", "--model", "someone/model", "-p", "MR: name[Aromi]\nText:", "-m", "2"]
+    assert command(hub, tmp_path, *argv).returncode == 0
+    argv = ["convert", "--hf-path", "someone/model", "--dequantize", "--mlx-path", tmp_path / "out"]
+    done = command("http://127.0.0.1:9", tmp_path, *argv, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr

@@ -141,3 +141,22 @@ def test_for_people(capsys):
     assert lines[0].startswith("path ")
     assert lines[-1].split() == ["safe", "yes"]
     assert len({line.index(line.split("  ")[-1].strip()) for line in lines}) == 1  # one column
+
+
+def test_nothing_is_copied_to_look_at_it(inspect, tmp_path, monkeypatch):
+    """A head that is left out, and experts to be split: the fingerprint reads what it samples."""
+
+    def forbidden(*args):
+        raise AssertionError("tensors were written")
+
+    monkeypatch.setattr("mlx_specstream.converters.staging.write_safetensors", forbidden)
+    folder = copy_golden(tmp_path / "hf", tie_word_embeddings=True)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    code, report, _ = inspect(folder)
+    monkeypatch.undo()
+    assert code == 0
+    assert main(["convert", "--hf-path", str(folder), "--mlx-path", str(tmp_path / "out")]) == 0
+    model, _ = load_model(tmp_path / "out")
+    assert report["fingerprint"] == digest(fingerprint(model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from .lines import printable
 
@@ -12,7 +11,8 @@ HELP = "tell what a model, streams or weights file is, and whether it is safe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="folder or file; nothing of it is run")
+    parser.add_argument("path", help="folder, file or hub id; nothing of it is run")
+    parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from ..converters.inspection import inspect
     from ..errors import BadCheckpoint
 
-    report = inspect(args.path)
+    report = inspect(args.path, args.revision)
     if args.json:
         print(json.dumps({**report, "problems": report.problems}, indent=1))
     else:
