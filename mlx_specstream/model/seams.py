@@ -198,13 +198,16 @@ class Seams:
     def out(self) -> Iterator[None]:
         """For a while the stock model itself, which does not look at ours in every layer."""
         seams = [type(module) for module, _ in self._stock]
+        become = (
+            object.__setattr__
+        )  # a module's own also looks for arrays; this is done at every token
         try:
             for module, stock in self._stock:
-                module.__class__ = stock
+                become(module, "__class__", stock)
             yield
         finally:
             for (module, _), seam in zip(self._stock, seams, strict=True):
-                module.__class__ = seam
+                become(module, "__class__", seam)
 
     def forward(self, run: Pass, tokens: mx.array | None = None, stores: list | None = None):
         """Run the stock model under ``run``. Returns logits of the rows in ``run.take`` [B, r, V].
