@@ -112,7 +112,7 @@ def main():
             "generated_tokens": generated,
             "seconds": {way or "mlx_lm": t for way, t in taken.items()},
             "first_token_seconds": {way or "mlx_lm": t for way, t in first.items()},
-            "traces": len(seams.kept["buckets"]),
+            "traces": len(seams.kept.get("buckets", ())),
             "ways": {},
         }
         total = sum(generated)

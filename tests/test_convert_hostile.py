@@ -100,7 +100,8 @@ def test_a_stranger_gets_one_line(case, command, sandbox, capsys):
 
 # A conversion that waits in the middle of writing, for a signal to arrive there.
 WAITING = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 import mlx_specstream.converters.shards as shards
 from mlx_specstream.cli.main import main
 def wait(path, *rest):

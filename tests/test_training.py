@@ -358,9 +358,10 @@ def test_nothing_or_something_else_to_resume(data, tmp_path):
     def stop(progress):
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(data, out, report=stop)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(BadCheckpoint, match="another base"):
         run(data, out, resume=True, model=make_model(seed=7))
     with pytest.raises(BadCheckpoint, match=r"learning_rate = 0\.005, not 0\.1"):
