@@ -63,9 +63,8 @@ def inspect(path: str | Path, revision: str | None = None) -> Report:
     """
     report, path = Report(str(path)), Path(path).expanduser()
     if not path.exists():
-        path = find_source(
-            report["path"], revision, code=True
-        )  # its code is told of, and never run
+        # Its code comes along to be told of; it is never run.
+        path = find_source(report["path"], revision, code=True)
         report["downloaded to"] = str(path)
     if path.is_file():
         report.attempt(tell_file, path)

@@ -54,9 +54,8 @@ def compiled_at_once(seams: Seams) -> Iterator[None]:
 def remember_kernels(seams: Seams) -> None:
     """The kernels of this model's passes are there now; best effort."""
     if waits_for_compiler():
-        with suppress(
-            OSError
-        ):  # then the next process runs uncompiled, which is slower and no worse
+        # Without the mark the next process runs uncompiled, which is slower and no worse.
+        with suppress(OSError):
             mark_of(seams).touch()
 
 

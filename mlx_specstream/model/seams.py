@@ -198,9 +198,8 @@ class Seams:
     def out(self) -> Iterator[None]:
         """For a while the stock model itself, which does not look at ours in every layer."""
         seams = [type(module) for module, _ in self._stock]
-        become = (
-            object.__setattr__
-        )  # a module's own also looks for arrays; this is done at every token
+        # Not a module's own, which also looks for arrays: this is done at every token.
+        become = object.__setattr__
         try:
             for module, stock in self._stock:
                 become(module, "__class__", stock)
