@@ -20,7 +20,7 @@ from mlx_lm import stream_generate as stock_stream_generate
 from tasks import FORMS, valid_sample
 
 from mlx_specstream.decode.tree import TreeShape
-from mlx_specstream.measure.simulate import guesses_along, replay
+from mlx_specstream.measure.simulate import guesses_by_count, replay
 from mlx_specstream.model.seams import seams_of
 
 
@@ -41,7 +41,8 @@ def main():
     model, _ = mlx_specstream.load(args.model, streams=args.streams)
     stop = tokenizer.eos_token_ids
     shapes = [TreeShape.parse(tree) for tree in args.trees]
-    candidates = max(shape.candidates(seams_of(model).vocabulary_size) for shape in shapes)
+    seams = seams_of(model)
+    counts = {shape: shape.candidates(seams.vocabulary_size) for shape in shapes}
     results = {"machine": about_machine(), "arguments": arguments(args), "tasks": {}}
     for task in args.tasks:
         prompts = [
@@ -52,7 +53,7 @@ def main():
         for prompt in prompts:
             said = stock_stream_generate(stock, tokenizer, prompt, max_tokens=args.max_tokens)
             expected.append([r.token for r in said])
-            guesses.append(guesses_along(seams_of(model), prompt, expected[-1], candidates))
+            guesses.append(guesses_by_count(seams, prompt, expected[-1], {*counts.values()}))
         rows = results["tasks"][task] = {
             "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
             "generated_tokens": sum(map(len, expected)),
@@ -60,7 +61,7 @@ def main():
         }
         for shape in shapes:
             simulated = [
-                replay(g, tokens, shape, args.max_tokens, stop).passes
+                replay(g[counts[shape]], tokens, shape, args.max_tokens, stop).passes
                 for g, tokens in zip(guesses, expected, strict=True)
             ]
             for placement in args.placements:
