@@ -71,7 +71,7 @@ def test_costs_of_a_tiny_model(kind, monkeypatch):
         seams, rows=rows, contexts=contexts, repeats=1, progress=lambda *done: calls.append(done)
     )
     assert (costs.rows, costs.contexts, costs.measured) == (rows, contexts, True)
-    assert calls == [(n, 6) for n in range(1, 7)]
+    assert calls == [(n, 4) for n in range(1, 5)]
     assert Costs.from_json(json.loads(json.dumps(costs.to_json()))) == costs
     for table in (
         costs.pass_ms,
@@ -150,10 +150,10 @@ def test_streams_cost_what_they_add(monkeypatch):
 
 
 def test_slow_moments_and_noise_do_not_count(monkeypatch):
-    """The first step after another size, the first two rounds, and every third moment."""
+    """The first step after another size, the first round, and every third moment."""
 
     def noisy(script, context, number):
-        slow = number < 8 or number % 4 == 0 or number % 3 == 0
+        slow = number < 4 or number % 4 == 0 or number % 3 == 0
         return exactly(script, context, number) + (500 if slow else 0)
 
     costs = table_of(monkeypatch, noisy, attached(), rows=(1, 2, 8), contexts=(20,), repeats=6)
@@ -212,6 +212,9 @@ def tiny(tmp_path_factory) -> Path:
 def tuned(capsys, *more):
     code, out, err = run(capsys, "tune", *more, *SMALL)
     assert code == 0, err
+    # No terminal, so no bar; lines say that it goes on.
+    assert "rounds over all sizes: 1 of 4, " in err
+    assert "rounds over all sizes: 4 of 4, " in err
     return out
 
 
@@ -245,6 +248,16 @@ def test_tune_stores_what_generate_uses(capsys, folder, tmp_path, tiny):
     code, said, _ = run(capsys, *argv)
     assert code == 0
     assert said == run(capsys, *argv, "--no-streams")[1]
+
+
+def test_contexts_are_those_that_the_model_reads(capsys, tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    for longest, expected in ((513, (64, 512)), (512, (64,)), (9, (64,))):
+        config["max_position_embeddings"] = longest
+        (tiny / "config.json").write_text(json.dumps(config))
+        code, _, err = run(capsys, "tune", "--model", tiny, "--rows", "1", "2", "--repeats", "1")
+        assert code == 0, err
+        assert costs_for(seams_of(load(tiny)[0])).contexts == expected
 
 
 def test_the_model_alone_has_a_profile_of_its_own(capsys, folder, tiny):

@@ -17,7 +17,6 @@ from . import options, show
 HELP = "compare the speed with mlx-lm's"
 SLACK = 64  # tokens of the context left free beside prompt and answer: the nodes of a draft
 LEAST_ROOM = 16  # tokens; a smaller prompt says nothing
-CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if args.share_weights:
         notes.append("baseline and ours shared one copy of the weights")
     stock, config = _stock(args, model)
-    context = _context(config)
+    context = options.context_of(config)
     prompts = _prompts(args, tokenizer, context, notes)
     keywords = {"tree": args.tree, "placement": args.placement}
     modes = make_modes(
@@ -151,15 +150,6 @@ def _stock(args: argparse.Namespace, model):
     if args.share_weights:
         stock.update(model.parameters())
     return stock, config
-
-
-def _context(config: dict) -> int | None:
-    """Tokens that the model was made for, as its config says."""
-    for part in (config, config.get("text_config") or {}):
-        for name in CONTEXT:
-            if isinstance(part.get(name), int):
-                return part[name]
-    return None
 
 
 def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: list[str]) -> list:

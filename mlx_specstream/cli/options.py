@@ -6,6 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+# what configs of models call it
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
@@ -113,6 +116,15 @@ def load_model(args: argparse.Namespace):
     for token in getattr(args, "extra_eos_token", None) or []:
         tokenizer.add_eos_token(token)
     return model, tokenizer
+
+
+def context_of(config: dict) -> int | None:
+    """Tokens that the model was made for, as its config says."""
+    for part in (config, config.get("text_config") or {}):
+        for name in CONTEXT_NAMES:
+            if isinstance(part.get(name), int):
+                return part[name]
+    return None
 
 
 def generation_arguments(args: argparse.Namespace) -> dict:

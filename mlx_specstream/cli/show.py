@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 WIDTH = 118  # columns of the tables where the output is no terminal
 
 
 class Progress:
-    """A bar on stderr.
+    """A bar on stderr; where that is no terminal, a line for every tenth.
 
     Args:
         what: the things that are counted.
     """
 
     def __init__(self, what: str):
-        self.what = what
+        self.what, self.tenths, self.begun = what, 0, time.perf_counter()
 
     def __enter__(self):
         from rich.console import Console
@@ -38,6 +39,10 @@ class Progress:
 
     def step(self, done: int, total: int) -> None:
         self.bar.update(self.task, completed=done, total=total)
+        if not self.bar.console.is_terminal and 10 * done // total > self.tenths:
+            self.tenths = 10 * done // total
+            seconds = time.perf_counter() - self.begun
+            print(f"{self.what}: {done} of {total}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def print_tables(results: dict[str, Any], tables: list) -> None:

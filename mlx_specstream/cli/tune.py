@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measuring")
     group.add_argument("--rows", type=int, nargs="+", help="sizes of a pass (default: 1 to 64)")
     group.add_argument(
-        "--contexts", type=int, nargs="+", help="tokens before the pass (default: 64 512 2048)"
+        "--contexts",
+        type=int,
+        nargs="+",
+        help="tokens before the pass (default: 64 512 2048, as far as the model reads)",
     )
     group.add_argument(
         "--repeats", type=int, default=5, help="rounds over all sizes (default: %(default)s)"
@@ -38,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.progress import Progress
 
     from ..decode.costs_here import costs_key
     from ..errors import BadArgument
@@ -49,25 +51,25 @@ def run(args: argparse.Namespace) -> None:
     from ..model.seams import attach, seams_of
     from ..model.support import check_supported
     from ..profile import save_profile
+    from .show import Progress
 
     if args.repeats < 1:
         raise BadArgument(f"[repeats] must be >= 1, got {args.repeats}.")
     rows = check_sizes("rows", args.rows or ROWS, least=1)
-    contexts = check_sizes("contexts", args.contexts or CONTEXTS, least=1)
+    if args.contexts:
+        check_sizes("contexts", args.contexts, least=1)
     model, tokenizer = options.load_model(args)
+    longest = options.context_of(vars(model.args) if hasattr(model, "args") else {})
+    readable = [size for size in CONTEXTS if longest is None or size < longest] or CONTEXTS[:1]
+    contexts = check_sizes("contexts", args.contexts or readable, least=1)
     seams = seams_of(model)
     if seams is None:
         check_supported(model)
         seams = attach(model)
     console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=None)
+    with Progress("rounds over all sizes") as progress:
         costs = measure_costs(
-            seams,
-            rows=rows,
-            contexts=contexts,
-            repeats=args.repeats,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            seams, rows=rows, contexts=contexts, repeats=args.repeats, progress=progress.step
         )
     warm_up(model, tokenizer)
     show(console, costs)

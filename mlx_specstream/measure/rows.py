@@ -7,6 +7,7 @@ decoding too. Sizes are interleaved, so that a slow moment of the machine does n
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..model.seams import Seams
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (64, 512, 2048)
+WARM_ROUNDS = 1  # in the first round passes are traced and compiled
 
 
 def check_sizes(name: str, sizes, least: int) -> tuple[int, ...]:
@@ -118,7 +120,7 @@ def measure_costs(
         kinds += [_Script(n, True, False) for n in rows]
     if has_streams and (inline or not deferrable):
         kinds += [_Script(n, True, True) for n in rows if n <= 16]
-    total, done = len(contexts) * (repeats + 2), count(1)
+    total, done = len(contexts) * (repeats + WARM_ROUNDS), count(1)
     with compiled_at_once(seams):
         tables = [
             _times(seams, kinds, context, repeats, lambda: progress(next(done), total))
@@ -161,15 +163,18 @@ def measure_costs(
 
 def _times(seams, kinds, context: int, repeats: int, step_done) -> dict[_Script, float]:
     """Milliseconds of a step of each kind behind so many tokens."""
-    probes = {kind: _probe(seams, kind, context) for kind in kinds}
+    stores = _prefilled(seams, context)
+    # Every probe writes behind the same rows: its first step makes it buffers of its own.
+    probes = {kind: _Probe(seams, [copy.copy(s) for s in stores], kind) for kind in kinds}
+    del stores
     times: dict[_Script, list[float]] = {kind: [] for kind in kinds}
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + WARM_ROUNDS):
         for kind, probe in probes.items():
             for step in range(4):
                 tic = time.perf_counter()
                 probe.step(1 << 30, ())
                 # The first after another size finds memory laid out for that one.
-                if step and repeat >= 2:
+                if step and repeat >= WARM_ROUNDS:
                     times[kind].append(time.perf_counter() - tic)
         step_done()
     del probes
@@ -178,10 +183,11 @@ def _times(seams, kinds, context: int, repeats: int, step_done) -> dict[_Script,
     return {kind: 1e3 * float(np.quantile(t, 0.25)) for kind, t in times.items()}
 
 
-def _probe(seams: Seams, kind: _Script, context: int) -> _Probe:
+def _prefilled(seams: Seams, context: int) -> list:
+    """K/V of so many tokens, one store per layer."""
     stores = make_prompt_cache(seams.model)
     tokens = mx.arange(context)[None] % seams.vocabulary_size
     for begin in range(0, context, 512):
         seams.model(tokens[:, begin : begin + 512], cache=stores)
         mx.eval([store.state for store in stores])
-    return _Probe(seams, stores, kind)
+    return stores
