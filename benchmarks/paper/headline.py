@@ -2,10 +2,11 @@
 
     python benchmarks/paper/headline.py --work WORK --base M --seeds 0 1 2
 
-Rows are what ``train_all.py`` made; one that is missing is left out and said so. Each row decodes greedily
-with trees of at most 32 nodes and as the planner likes (row costs measured first), and shared rows
-beside mlx-lm on their own fine-tuned model. Tokens per pass of other trees are replayed exactly. A killed
-run goes on behind the last prompt that all ways answered. Numbers and ids go to results/paper/; ``--print``
+Rows are what ``train_all.py`` made; one that is missing is left out and said so. ``bundled`` are the
+streams of ``examples/streams``, trained for longer on two of the tasks. Each row decodes greedily with
+trees of at most 32 nodes and as the planner likes (row costs measured first), and shared rows beside
+mlx-lm on their own fine-tuned model. Tokens per pass of other trees are replayed exactly. A killed run
+goes on behind the last prompt that all ways answered. Numbers and ids go to results/paper/; ``--print``
 prints the tables from there.
 """
 
@@ -32,7 +33,8 @@ from mlx_specstream.measure.rows import measure_costs
 from mlx_specstream.model.checkpoint import VOCABULARY, WEIGHTS
 from mlx_specstream.model.seams import attach, seams_of
 
-PLANNED = "planned"
+PLANNED, BUNDLED = "planned", "bundled"
+BUNDLED_STREAMS = study.HERE.parents[1] / "examples/streams/e2e-sql-14m"
 COSTS = {"rows": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), "contexts": (64, 192), "repeats": 4}
 
 
@@ -63,8 +65,9 @@ def lossless_group(task: str, seed: int, args, notes: list[str]) -> Group:
             key = f"{row}, {tree or PLANNED}"
             ways.append(ours(key, model, tokenizer, limit, tree=tree, **how))
 
-    for row in (*LOSSLESS, *HEADS, DRAFT):
-        folder = folder_of(row, task, args.work, seed)
+    bundled = () if study.TASKS[task].own_base else (BUNDLED,)
+    for row in (*LOSSLESS, *bundled, *HEADS, DRAFT):
+        folder = BUNDLED_STREAMS if row == BUNDLED else folder_of(row, task, args.work, seed)
         made = {**dict.fromkeys(HEADS, ABOUT), DRAFT: "training.json"}.get(row, WEIGHTS)
         if not (folder / made).exists():
             notes.append(f"{row}: not trained")
@@ -86,7 +89,7 @@ def lossless_group(task: str, seed: int, args, notes: list[str]) -> Group:
         group.replays[row] = model
         # Heads know no inline placement: they run behind the last layer.
         both(row, model, copies=False, placement="deferred" if row in HEADS else None)
-        if row == "best":
+        if row in ("best", BUNDLED):
             group.parameters[f"{row} + copies"] = group.parameters[row]
             both(f"{row} + copies", model, copies=True)
     model, _ = load_stock(str(path))

@@ -169,24 +169,22 @@ def differences(results: dict[str, Any]) -> Table:
 
 
 def tuned(tune: dict[str, Any]) -> Table:
-    costs = tune["costs"]
-    rows = []
-    for name, table in (
-        ("pass", "pass_ms"),
-        ("deferred streams", "deferred_ms"),
-        ("inline streams", "inline_ms"),
-    ):
+    """A row per size of a pass; what does not depend on the size is said below."""
+    costs, columns, cells, notes = tune["costs"], ["rows of a pass"], [], []
+    for name, table in (("pass", "pass_ms"), ("inline", "inline_ms")):
         for at, context in enumerate(costs["contexts"]):
             if costs[table] is not None:
-                cells = [f"{ms:.2f}" for ms in costs[table][at]]
-                rows.append([f"{name}, context {context}", *cells])
-    rows += [
-        [f"plain token, context {context}", f"{ms:.2f}"]
-        for context, ms in zip(costs["contexts"], costs["plain_ms"], strict=True)
-    ]
-    columns = ["rows of a pass", *(str(n) for n in costs["rows"])]
-    rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
-    return Table(f"Costs that tune measured for {tune['model']}, ms", columns, rows)
+                columns.append(f"{name} @{context}")
+                cells.append([f"{ms:.2f}" for ms in costs[table][at]])
+    rows = [[str(n), *row] for n, *row in zip(costs["rows"], *cells, strict=True)]
+    for context, plain, deferred in zip(
+        costs["contexts"], costs["plain_ms"], costs["deferred_ms"], strict=True
+    ):
+        line = f"behind {context} tokens: a plain token {plain:.2f}"
+        constant = any(deferred) and len(set(deferred)) == 1
+        notes.append(f"{line}, deferred streams {deferred[0]:.2f}" if constant else line)
+    title = f"Costs that tune measured for {tune['model']}, ms @ tokens before the pass"
+    return Table(title, columns, rows, notes)
 
 
 def about_lines(results: dict[str, Any]) -> list[str]:
