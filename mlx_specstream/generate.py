@@ -24,6 +24,7 @@ from mlx_lm.generate import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decode.arrange import make_chooser, make_copier, make_steering, seams_for_copies, seeded
+from .decode.choose import Opaque
 from .decode.decoder import Decoder
 from .decode.prune import PruneRule
 from .decode.record import Record
@@ -111,6 +112,7 @@ def stream_generate(
     placement: str | None = None,
     prune: PruneRule | None = None,
     copies: bool | None = None,
+    history: list[int] | None = None,
     coupled: bool = True,
     guard: float = 0.0,
     record: Record | None = None,
@@ -140,11 +142,12 @@ def stream_generate(
         prune: early-exit pruning; None is off.
         copies: draft from the prompt and the text so far, too. Needs no streams. None: together
             with streams, unless ``tree`` is given.
+        history: token ids that ``prompt_cache`` holds already, to copy from; they are not fed.
         coupled: at a temperature, rank drafts with the noise of the draws that will judge them.
             Speed only; the text is the same.
         guard: a choice between two logits that are closer than this is left to a pass of one row,
             the arithmetic of plain decoding; 0 is off. For machines whose arithmetic depends on the
-            number of rows.
+            number of rows. Knows greedy choices and draws of ``mlx_specstream.make_sampler``.
         record: filled with what every pass did.
         sampler: mlx-lm's, or of ``mlx_specstream.make_sampler``, whose drafts are coupled best.
         logits_processors: mlx-lm's.
@@ -185,11 +188,19 @@ def stream_generate(
             raise BadArgument(f"[guard] must be >= 0, got {guard}.")
         if copies is None:
             copies = tree is None and prune is None
+        chooser = make_chooser(sampler, seed, coupled, logits_processors, tokens)
+        if guard and isinstance(chooser, Opaque):
+            raise BadArgument(
+                "[guard] cannot see near-ties behind logits_processors or a sampler of another kind; use "
+                "mlx_specstream.make_sampler, or guard=0."
+            )
         how = {
             "streams": with_streams,
-            "chooser": make_chooser(sampler, seed, coupled, logits_processors, tokens),
+            "chooser": chooser,
             "steering": make_steering(seams, with_streams, copies, tree, placement, prune),
-            "copier": make_copier(seams, tokenizer, tokens) if copies else None,
+            "copier": make_copier(seams, tokenizer, [*(history or []), *tokens.tolist()])
+            if copies
+            else None,
             "guard": guard,
             "record": record,
         }
@@ -302,10 +313,13 @@ def _plain(model, tokens, draft_model, stream, **kwargs) -> Iterator[Emitted]:
         if kwargs.pop(name, None) is not None:
             raise BadArgument(f"[{name}] is not supported together with draft_model.")
     passes = -1  # each pass ends with a token of the model itself; the first is the prompt's own
-    steps = speculative_generate_step(tokens, model, draft_model, stream, **kwargs)
-    for token, logprobs, from_draft in _without_seams(steps, model):
-        passes += not from_draft
-        yield Emitted(token, logprobs, from_draft, max(passes + from_draft, 0))
+    try:
+        steps = speculative_generate_step(tokens, model, draft_model, stream, **kwargs)
+        for token, logprobs, from_draft in _without_seams(steps, model):
+            passes += not from_draft
+            yield Emitted(token, logprobs, from_draft, max(passes + from_draft, 0))
+    except ValueError as error:  # a cache that cannot be trimmed
+        raise BadArgument(f"[draft_model] mlx-lm cannot use it here: {error}") from error
 
 
 def _streamed(

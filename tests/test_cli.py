@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from tiny_models import make_model, make_tokenizer
 
 from mlx_specstream.cli.main import COMMANDS, main
 from mlx_specstream.load import load_base
@@ -160,6 +162,32 @@ def test_chat_keeps_the_conversation_in_step_with_its_cache(capsys, monkeypatch)
     tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     fresh = generate(model, tokenizer, tokens, **keywords)
     assert "".join(r.text for r in chat.answer("more")) == fresh
+
+
+@pytest.mark.parametrize("use_streams", [True, False])
+def test_chat_copies_without_streams(use_streams, monkeypatch):
+    """From the whole conversation, and with a cache of ours where windows slide."""
+    from mlx_specstream.cli.chat import Conversation
+
+    module = import_module("mlx_specstream.generate")
+    seen, real = [], module.make_copier
+
+    def make_copier(seams, tokenizer, tokens):
+        seen.append(tokens)
+        return real(seams, tokenizer, tokens)
+
+    monkeypatch.setattr(module, "make_copier", make_copier)
+    tokenizer = make_tokenizer(chat=True)
+    keywords = {"max_tokens": 5, "use_streams": use_streams, "copies": True}
+    chat = Conversation(make_model("mistral"), tokenizer, None, keywords)
+    plain = Conversation(make_model("mistral"), tokenizer, None, {**keywords, "copies": False})
+    for text in ("a5 a6 a7 a8 a9 a10 a11", "a5 a6", "a7"):
+        messages = [*chat.messages, {"role": "user", "content": text}]
+        want = "".join(r.text for r in plain.answer(text))
+        assert "".join(r.text for r in chat.answer(text)) == want
+        assert seen[-1] == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -223,3 +223,21 @@ def test_what_cannot_be_learned_from(base, data, used, tmp_path, capsys):  # noq
     code, err = run(capsys, *argv, "--streams", streams)
     assert code == 2
     assert "would change what it says" in err
+
+
+def test_undo_never_loses_later_streams(base, data, used, tmp_path, capsys):  # noqa: F811
+    streams = tmp_path / "streams"
+    argv = ["train", "--model", base, "--streams", streams]
+    begin = command(base, data, streams, "--iters", "4", "--eval-every", "4")
+    assert run(capsys, *begin)[0] == 0
+    learn = [*argv, "--from-log", used, "--no-rehearsal", "--iters", "40", "--hosts", "4"]
+    assert run(capsys, *learn)[0] == 0
+    adopted = files(streams)
+    assert run(capsys, *begin)[0] == 0  # a later run, into the same folder
+    later = files(streams)
+    code, err = run(capsys, *argv, "--undo")
+    assert (code, files(streams)) == (2, later)
+    assert "are not those that the last --from-log made" in err
+    for name, content in adopted.items():
+        (streams / name).write_bytes(content)
+    assert run(capsys, *argv, "--undo")[0] == 0

@@ -1,5 +1,7 @@
 """Generation end to end: token by token what mlx_lm.stream_generate gives, and the same cache."""
 
+import time
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -11,7 +13,10 @@ from reference import assert_close
 from tiny_models import attached, make_model, make_tokenizer
 
 from mlx_specstream import generate, make_prompt_cache, stream_generate
+from mlx_specstream.decode.decoder import Decoder
+from mlx_specstream.decode.plan import Fixed
 from mlx_specstream.decode.prune import PruneRule
+from mlx_specstream.decode.record import Record
 from mlx_specstream.errors import BadArgument
 from mlx_specstream.model.cache import RowStore
 from mlx_specstream.model.seams import attach
@@ -333,3 +338,49 @@ def test_the_seams_are_back_after_an_interrupt(seams, tokenizer):
         list(stream_generate(seams.model, tokenizer, PROMPT, use_streams=False, sampler=sampler))
     assert [type(module) for module, _ in seams._stock] == before
     assert len(ours(seams, tokenizer)) == 12
+
+
+def test_the_prompts_own_pass_drafts_nothing(monkeypatch):
+    """Its last token alone may be left, and the prompt may repeat itself."""
+    seen, real = [], Decoder._shape
+
+    def shape(decoder, plan, *rest):
+        seen.append((decoder.place, plan.nodes))
+        return real(decoder, plan, *rest)
+
+    monkeypatch.setattr(Decoder, "_shape", shape)
+    model, tokenizer = make_model(), make_tokenizer(ends=False)
+    for tree in ("best:5", None):
+        seen.clear()
+        how = {"tree": tree, "copies": True, "use_streams": False, "prefill_step_size": 1}
+        list(stream_generate(model, tokenizer, [5, 9, 13] * 6, max_tokens=12, **how))
+        assert [nodes for place, nodes in seen if place == 0] == [1]
+    assert max(nodes for _, nodes in seen) > 1
+
+
+def test_a_model_may_change_its_dtype():
+    seams, tokenizer = attached(), make_tokenizer(ends=False)
+    prompt = [5, 9, 13, 2, 7]
+    list(stream_generate(seams.model, tokenizer, prompt, max_tokens=3))
+    seams.model.set_dtype(mx.float16)
+    cache = make_prompt_cache(seams.model)
+    list(stream_generate(seams.model, tokenizer, prompt, max_tokens=9, prompt_cache=cache))
+    assert {store.keys.dtype for store in cache} == {mx.float16}
+
+
+def test_parts_of_a_split_record_add_up(monkeypatch):
+    real = Fixed.next_pass
+
+    def slow(*args):
+        time.sleep(0.03)
+        return real(*args)
+
+    monkeypatch.setattr(Fixed, "next_pass", slow)
+    seams, record = attached(), Record(split=True)
+    tic = time.perf_counter()
+    how = {"max_tokens": 9, "tree": "best:8", "record": record}
+    list(stream_generate(seams.model, make_tokenizer(ends=False), [5, 9, 13, 2], **how))
+    wall, sums = time.perf_counter() - tic, record.totals()
+    assert sums["draft_s"] >= 0.03 * sums["passes"]
+    parts = sum(sums[f"{name}_s"] for name in ("base", "streams", "draft", "host"))
+    assert 0.03 * sums["passes"] < parts < wall

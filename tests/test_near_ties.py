@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm import sample_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from steps import decoder_for
 from test_generate import check_cache
@@ -221,3 +222,13 @@ def test_sixteen_bits_end_too(tokenizer):
     got, passes = guarded(seams, tokenizer, guard=0.05)
     assert len(got) == LENGTH
     assert 1 <= sum(p.recheck for p in passes) < len(passes)
+
+
+def test_what_a_guard_cannot_see_is_refused(seams, tokenizer):
+    for options in (
+        {"logits_processors": [lambda tokens, logits: logits]},
+        {"sampler": sample_utils.make_sampler(temp=0.7)},
+    ):
+        with pytest.raises(BadArgument, match=r"\[guard\] cannot see near-ties"):
+            guarded(seams, tokenizer, **options)
+        guarded(seams, tokenizer, guard=0.0, **options)

@@ -291,6 +291,71 @@ def test_processors_see_the_same_calls(seams, tokenizer, sampler, step_size):
         assert_close(a.logprobs, b.logprobs, 1e-5, "logprobs")
 
 
+class WithMemory:
+    """A sampler that says what it likes at every fifth call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, logprobs):
+        self.calls += 1
+        return mx.array([self.calls]) if self.calls % 5 == 0 else mx.random.categorical(logprobs)
+
+
+@pytest.mark.parametrize("tree", [TREE, None])
+def test_a_sampler_with_a_memory_is_called_once_per_token(seams, tokenizer, tree):
+    plain, drafted = WithMemory(), WithMemory()
+    want, _ = text(seams, tokenizer, use_streams=False, sampler=plain, seed=6)
+    assert text(seams, tokenizer, sampler=drafted, seed=6, tree=tree)[0] == want
+    assert drafted.calls == len(want)
+
+
+def test_opaque_drafts_are_coupled_unless_told_not_to():
+    logits = mx.random.normal((3, 67), key=mx.random.key(2))
+    uncoupled = Greedy().guesses(logits, 5, 4).tokens.tolist()
+    for sampler, coupled, same in (
+        (make_sampler(temp=1.5), True, False),
+        (make_sampler(temp=1.5), False, True),
+        (WithMemory(), True, True),
+    ):
+        chooser = Opaque(SeededSampler(sampler, 3), [], [], coupled)
+        assert (chooser.guesses(logits, 5, 4).tokens.tolist() == uncoupled) == same
+
+
+def test_make_sampler_takes_mlx_lms_arguments():
+    ours, logprobs = mlx_specstream.make_sampler, mx.random.normal((1, 67), key=mx.random.key(1))
+    assert ours(0.7, 0.9, 0.05, 1, 20) == TemperatureSampler(0.7, 0.9, 0.05, 20)
+    for more in ((0.05, 9), (0.0, 1, 7, 0.9, 0.01, [3])):  # what ours does not do
+        drawn = []
+        for make in (ours, make_sampler):
+            mx.random.seed(8)
+            names = ("xtc_probability", "xtc_threshold", "xtc_special_tokens")
+            xtc = dict(zip(names, more[3:], strict=False))
+            sampler = make(1.7, 1.0, *more[:3], **xtc)
+            assert not isinstance(sampler, TemperatureSampler)
+            drawn.append([sampler(logprobs).item() for _ in range(9)])
+        assert drawn[0] == drawn[1]
+
+
+def test_a_top_k_that_keeps_all_is_off(seams, tokenizer):
+    all_of_them = TemperatureSampler(0.9, top_k=67)
+    want = text(seams, tokenizer, sampler=TemperatureSampler(0.9), seed=5)
+    for use_streams in (True, False):
+        got = text(seams, tokenizer, use_streams, sampler=all_of_them, seed=5)
+        assert got[0] == want[0]
+
+
+def test_drafts_never_leave_the_vocabulary():
+    """Where all but one token have no probability, and that one stands in a last block of two."""
+    size = 32 * 9 + 2
+    logits = mx.where(mx.arange(size) == size - 1, 9.0, -20.0) * mx.ones((3, 1))
+    chooser = Drawn(TemperatureSampler(0.7, top_p=0.5), seed=3)
+    chooser.noise(0, size)
+    tokens = np.array(chooser.guesses(logits, 8, 0).tokens)
+    assert tokens[:, 0].tolist() == [size - 1] * 3
+    assert tokens.max() < size
+
+
 def test_penalties_equal_mlx_lm(seams, tokenizer):
     make = lambda: make_logits_processors(  # noqa: E731
         {4: 1.5}, repetition_penalty=1.4, repetition_context_size=6, frequency_penalty=0.3

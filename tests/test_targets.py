@@ -167,7 +167,8 @@ def test_answers_are_greedy_generation(tmp_path):
     (file,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["prompt"]: row["tokens"] for row in rows} == dict(enumerate(found))
-    assert rows[0]["text"] == tokenizer.decode(rows[0]["tokens"])
+    assert set(rows[0]) == {"prompt", "tokens"}
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_answer_ends_with_the_token_that_ended_it(tmp_path):
@@ -227,26 +228,28 @@ def test_examples_of_answers(tmp_path):
     rows = [Example([*p, 60, 61, 0], len(p)) for p in (PROMPTS[0], PROMPTS[1], PROMPTS[0])]
     rows += [Example([1, 2, 3, 4], 0), Example(list(range(2, 22)), 19)]
     notes = []
-    found = answered(model, tokenizer, rows, HOW, tmp_path, 20, notes.append)
+    how = dataclasses.replace(HOW, cache=tmp_path)
+    found = answered(model, tokenizer, rows, how, 20, notes.append)
     assert [e.tokens[: e.start] for e in found] == PROMPTS[:2]
     assert [e.tokens[e.start :] for e in found] == answers(
         model, tokenizer, PROMPTS[:2], HOW, tmp_path, 20
     )
     assert "self-distillation: 2 prompts of 5 rows" in notes
     drawn = dataclasses.replace(HOW, temperature=2.0, cache=tmp_path / "cache")
-    found = answered(model, tokenizer, rows, drawn, tmp_path, 20, notes.append)
+    found = answered(model, tokenizer, rows, drawn, 20, notes.append)
     assert [e.tokens[: e.start] for e in found] == [*PROMPTS[:2], PROMPTS[0]]
     assert found[0] != found[2]
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(BadData, match="no row has a prompt"):
-        answered(model, tokenizer, rows[3:4], HOW, tmp_path, 20, notes.append)
+        answered(model, tokenizer, rows[3:4], how, 20, notes.append)
     for wrong in ({"temperature": -1.0}, {"max_tokens": 0}, {"batch_size": 0}):
         with pytest.raises(BadArgument, match=f"'{next(iter(wrong))}'"):
             SelfDistill(**wrong)
 
 
-def test_a_run_on_its_own_answers_and_its_resumption(tmp_path):
+def test_a_run_on_its_own_answers_and_its_resumption(tmp_path, monkeypatch):
     """Killed between two groups of answers or between two steps: the same weights in the end."""
+    monkeypatch.setenv("MLX_SPECSTREAM_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "data"
     data.mkdir()
     rows = [{"prompt": f"a{i} a{i + 9} a3", "completion": "a7 a8 a9"} for i in range(5, 13)]

@@ -269,6 +269,44 @@ def test_a_run_stops_where_nothing_gets_better(base, data, tmp_path, capsys):
     assert found["loss"] == pytest.approx(about["validation"]["loss"], abs=1e-5)
 
 
+def test_the_best_values_are_taken_without_patience_too(base, data, tmp_path, capsys):
+    other = {"prompt": "a5 a6", "completion": " a7 a30 a29 a28 a31 a9 a30"}  # not what is trained on
+    write(data, "valid", [other, {**other, "prompt": "a8 a9 a5"}])
+    more = ["--iters", "90", "--eval-every", "9", "--learning-rate", "0.05"]
+    code, err = run(capsys, *command(base, data, tmp_path / "out", *more))
+    assert code == 0
+    about = record(tmp_path / "out")
+    losses = {h["iteration"]: np.mean(h["loss"]) for h in about["history"]}
+    assert about["steps"] == max(losses) == 90
+    assert losses[about["taken"]] == min(losses.values()) < losses[90]
+    assert f"the streams of step {about['taken']} are taken" in err
+
+
+def test_rows_are_no_longer_than_the_model_reads(data, tmp_path, capsys):
+    folder = tmp_path / "base"
+    save_model(folder, make_model())
+    config = {**COMMON, "model_type": "llama", "max_position_embeddings": 11}
+    save_config({**config, "tie_word_embeddings": False}, folder / "config.json")
+    make_tokenizer().save_pretrained(folder)
+    argv = command(folder, data, tmp_path / "out", "--dry-run")
+    code, err = run(capsys, *argv)
+    assert (code, "cut to 11 tokens (--max-seq-length): 11" in err) == (0, True)
+    code, err = run(capsys, *argv, "--max-seq-length", "12")
+    assert code == 2
+    assert "[max_seq_length] must be at most the 11 tokens that the model reads, got 12" in err
+
+
+def test_what_does_not_fit_into_memory_is_said(base, data, tmp_path, capsys, monkeypatch):
+    def no_room(*args):
+        raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+
+    monkeypatch.setattr(trainer_of.Trainer, "gradient", no_room)
+    code, err = run(capsys, *command(base, data, tmp_path / "out", "--iters", "4"))
+    assert code == 2
+    assert "the longest rows do not fit into memory: [malloc] Unable to allocate 99 bytes" in err
+    assert "--grad-accumulation-steps" in err
+
+
 def test_divergence_and_nan_are_caught():
     health = Health(1e-3)
     with pytest.raises(

@@ -1,10 +1,11 @@
 """The curves: tokens per pass against each choice, from short runs of equal length.
 
-    python benchmarks/paper/curves.py train --work WORK --base M --minutes 6
+    python benchmarks/paper/curves.py train --work WORK --base M --iters 400
     python benchmarks/paper/curves.py measure --work WORK --base M [--costs]
     python benchmarks/paper/curves.py plot
 
-A point is the default streams with one choice changed. ``measure`` replays trees exactly on the base's own
+A point is the default streams with one choice changed, trained for as many steps; what the layers below
+the default cut make of the data is kept on disk. ``measure`` replays trees exactly on the base's own
 answers to held-out prompts of the train split; pruning, whose drafts depend on what was kept, is
 decoded. Predicted speeds are arithmetic: tokens per pass over what the pass and its streams cost on
 this machine (``--costs`` measures that, once per geometry, on an idle machine) or by the row costs that
@@ -87,8 +88,11 @@ def point_of(change: dict) -> str:
 def run_of(point: str, flags: dict, task: str, args) -> Run:
     out, own = args.work / task / "points" / point, args.work / task / "own"
     base = study.base_of(task, args.work, args.base)
-    command = train_command(base, own, out, args.minutes, **flags, eval_every=10**6, save_every=100)
-    return Run(out, command, "streams.json", args.minutes, [own / "train.jsonl"])
+    how = {"iters": args.iters, "eval_every": 10**6, "save_every": 200, "no_rehearsal": True}
+    if flags["msa_layers"] == DEFAULT["msa_layers"]:  # a cut of one point's own would not pay
+        how["cache_hidden"] = own.parent / "hidden"
+    command = train_command(base, own, out, **flags, **how)
+    return Run(out, command, "streams.json", needs=[own / "train.jsonl"])
 
 
 def train(args) -> None:
@@ -248,7 +252,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     begin = commands.add_parser("train")
     study.add_places(begin)
-    begin.add_argument("--minutes", type=float, required=True, help="of every point")
+    begin.add_argument("--iters", type=int, required=True, help="steps of every point")
     begin.add_argument("--dry-run", action="store_true")
     begin.set_defaults(run=train)
     look = commands.add_parser("measure")

@@ -6,8 +6,8 @@ Rows are what ``train_all.py`` made; one that is missing is left out and said so
 streams of ``examples/streams``, trained for longer on two of the tasks. Each row decodes greedily with
 trees of at most 32 nodes and as the planner likes (row costs measured first), and shared rows beside
 mlx-lm on their own fine-tuned model. Tokens per pass of other trees are replayed exactly. A killed run
-goes on behind the last prompt that all ways answered. Numbers and ids go to results/paper/; ``--print``
-prints the tables from there.
+goes on behind the last prompt that all ways answered, and what was trained anew is measured anew. Numbers
+and ids go to results/paper/; ``--print`` prints the tables from there.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
@@ -30,11 +30,16 @@ from mlx_specstream.measure.bench import about_model
 from mlx_specstream.measure.evaluate import Evaluation, replayed
 from mlx_specstream.measure.quality import TITLES
 from mlx_specstream.measure.rows import measure_costs
-from mlx_specstream.model.checkpoint import VOCABULARY, WEIGHTS
+from mlx_specstream.model.checkpoint import DESCRIPTION, VOCABULARY, WEIGHTS
 from mlx_specstream.model.seams import attach, seams_of
 
 PLANNED, BUNDLED = "planned", "bundled"
 BUNDLED_STREAMS = study.HERE.parents[1] / "examples/streams/e2e-sql-14m"
+WARM_UP = 10  # prompts, untimed
+MADE = {
+    **dict.fromkeys(HEADS, ABOUT),
+    DRAFT: "training.json",
+}  # by row; of streams it is streams.json
 COSTS = {"rows": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), "contexts": (64, 192), "repeats": 4}
 
 
@@ -68,7 +73,7 @@ def lossless_group(task: str, seed: int, args, notes: list[str]) -> Group:
     bundled = () if study.TASKS[task].own_base else (BUNDLED,)
     for row in (*LOSSLESS, *bundled, *HEADS, DRAFT):
         folder = BUNDLED_STREAMS if row == BUNDLED else folder_of(row, task, args.work, seed)
-        made = {**dict.fromkeys(HEADS, ABOUT), DRAFT: "training.json"}.get(row, WEIGHTS)
+        made = MADE.get(row, DESCRIPTION)
         if not (folder / made).exists():
             notes.append(f"{row}: not trained")
             continue
@@ -104,7 +109,7 @@ def lossless_group(task: str, seed: int, args, notes: list[str]) -> Group:
 
 def shared_group(row: str, task: str, seed: int, args) -> Group | None:
     folder, limit = folder_of(row, task, args.work, seed), study.TASKS[task].max_tokens
-    if not (folder / WEIGHTS).exists():
+    if not (folder / DESCRIPTION).exists():
         return None
     base, tokenizer = load_stock(str(folder / "model"))
     ways, group = [stock(BASELINE, base, tokenizer, limit)], Group(None, base)
@@ -139,15 +144,25 @@ def stream_parameters(folder: Path) -> int:
     return sum(v.size for name, v in arrays.items() if name != VOCABULARY)
 
 
-def decode_all(groups: dict[str, Group], state: Path) -> None:
-    """Prompt by prompt through all groups; ``state`` has what an earlier run answered."""
+def trained(task: str, seed: int, args) -> str:
+    """A name of what the rows of a task are at the moment."""
+    found = hashlib.sha256()
+    for row in (*LOSSLESS, *SHARED, *HEADS, DRAFT):
+        path = folder_of(row, task, args.work, seed) / MADE.get(row, DESCRIPTION)
+        found.update(path.read_bytes() if path.exists() else b"not trained")
+    found.update((BUNDLED_STREAMS / DESCRIPTION).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def decode_all(groups: dict[str, Group], state: Path, of: str) -> None:
+    """Prompt by prompt through all groups; ``state`` has what an earlier run answered ``of`` them."""
     keys = {name: [w.key for w in g.evaluation.ways] for name, g in groups.items()}
     prompts = [q.prompt.tokens for q in next(iter(groups.values())).evaluation.questions]
-    key = hashlib.sha256(json.dumps([keys, prompts]).encode()).hexdigest()
-    lines = state.read_text(encoding="utf-8").splitlines() if state.exists() else []
-    known = [json.loads(x) for x in lines[1:]] if lines[:1] == [key] else []
-    state.parent.mkdir(parents=True, exist_ok=True)
-    state.write_text("\n".join([key, *map(json.dumps, known)]) + "\n", encoding="utf-8")
+    key = hashlib.sha256(json.dumps([of, keys, prompts]).encode()).hexdigest()
+    lines = state.read_text(encoding="utf-8").splitlines(True) if state.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a kill leaves half a line at the end
+    known = [json.loads(line) for line in whole[1:]] if whole[:1] == [f"{key}\n"] else []
+    study.write_text(state, "\n".join([key, *map(json.dumps, known)]) + "\n")
     for found in known:
         for name, group in groups.items():
             evaluation = group.evaluation
@@ -156,7 +171,7 @@ def decode_all(groups: dict[str, Group], state: Path) -> None:
                 evaluation.said[way, evaluation.answered] = [tokens]
             evaluation.answered += 1
     for group in groups.values():
-        group.evaluation.warm_up()
+        group.evaluation.warm_up(WARM_UP)
     for index in range(len(known), len(prompts)):
         found = {}
         for name, group in groups.items():
@@ -179,8 +194,9 @@ def measure(task: str, seed: int, args) -> dict:
             notes.append(f"{row}: not trained")
         else:
             groups[row] = group
-    decode_all(groups, args.work / task / f"headline-{seed}.jsonl")
-    results = {"task": task, "seed": seed, "notes": notes, "groups": {}}
+    of, state = trained(task, seed, args), args.work / task / f"headline-{seed}.jsonl"
+    decode_all(groups, state, of)
+    results = {"task": task, "seed": seed, "trained": of, "notes": notes, "groups": {}}
     for name, group in groups.items():
         evaluation = group.evaluation
         stop = evaluation.tokenizer.eos_token_ids
@@ -192,9 +208,9 @@ def measure(task: str, seed: int, args) -> dict:
         }
         about = about_model(name, group.base, None, None)
         results["groups"][name] = {
+            **evaluation.results({"task": task, "seed": seed}, about, notes),
             "parameters": group.parameters,
             "replayed": trees,
-            **evaluation.results({"task": task, "seed": seed}, about, notes),
         }
     return results
 
@@ -262,7 +278,8 @@ def main():
         every = []
         for seed in args.seeds:
             path = args.results / f"headline-{task}-{seed}.json"
-            if not args.print and not path.exists():
+            done = study.read_json(path).get("trained")
+            if not args.print and done != trained(task, seed, args):
                 study.save_json(path, measure(task, seed, args))
             if path.exists():
                 every.append(study.read_json(path))

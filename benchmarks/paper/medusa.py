@@ -8,8 +8,8 @@ that begins as the base's (h^2 + h V parameters), or the base's own head (``--sh
 
     logits_j = U_j (x + silu(W_j x + b_j))        W_j, b_j = 0 at first
 
-The heads take the place of streams: they are trained by the same trainer on the same rows and guess for
-the same decoder, as streams that run through no layer at all.
+The heads take the place of streams: they are trained by the same trainer on the same rows, get temperatures
+fitted on the same held-out rows and guess for the same decoder, as streams that run through no layer at all.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from machine import about_machine
 from mlx.utils import tree_flatten
 from mlx_lm import load
@@ -30,6 +31,7 @@ from mlx_specstream.model.checkpoint import save_tensors
 from mlx_specstream.model.projections import embedding_of, hidden_size, weight_shape
 from mlx_specstream.model.seams import Seams, detach
 from mlx_specstream.model.streams import Streams
+from mlx_specstream.train.calibration import fit_temperatures
 from mlx_specstream.train.config import TrainConfig
 from mlx_specstream.train.data import digest, read_examples
 from mlx_specstream.train.loss import HEAD_ELEMENTS
@@ -97,6 +99,7 @@ def load_heads(model: nn.Module, folder: Path) -> MedusaSeams:
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     heads = Heads(model, about["heads"], about["shared_head"])
     heads.load_weights(str(folder / WEIGHTS))
+    heads.temperatures = np.array(about["temperatures"], np.float32)
     return MedusaSeams(model, heads)
 
 
@@ -128,7 +131,9 @@ def train(args) -> None:
         trainer.run(train_rows, valid_rows, report)
     weights = dict(tree_flatten(heads.parameters()))
     save_tensors(args.out / WEIGHTS, weights, {"format": "medusa"})
+    temperatures, _ = fit_temperatures(seams, trainer.held_out(valid_rows))  # as streams get them
     about = {
+        "temperatures": temperatures.tolist(),
         "heads": args.heads_number,
         "shared_head": args.shared_head,
         "parameters": sum(v.size for v in weights.values()),

@@ -103,7 +103,7 @@ class Run:
         folder: where it goes; a checkpoint in it means that a killed run is to go on.
         command: without ``--resume``.
         made: the file in ``folder`` that is there when it is finished.
-        minutes: what it is given.
+        minutes: what it is given, where that is a time.
         needs: files that must be there before.
         resumes: it knows ``--resume``.
     """
@@ -111,7 +111,7 @@ class Run:
     folder: Path
     command: list[str]
     made: str
-    minutes: float
+    minutes: float | None = None
     needs: list[Path] = field(default_factory=list)
     resumes: bool = True
 
@@ -123,7 +123,8 @@ class Run:
 def finish(runs: Iterable[Run], dry: bool = False) -> None:
     """Run what is not done, one after the other; what was killed goes on from its checkpoint."""
     open_runs = [run for run in runs if not run.done]
-    print(f"{len(open_runs)} runs, {sum(r.minutes for r in open_runs):.0f} minutes", flush=True)
+    minutes = sum(run.minutes or 0 for run in open_runs)
+    print(f"{len(open_runs)} runs" + (f", {minutes:.0f} minutes" if minutes else ""), flush=True)
     for run in open_runs:
         command = list(run.command)
         if run.resumes and (run.folder / CHECKPOINT).exists():
@@ -140,9 +141,9 @@ def finish(runs: Iterable[Run], dry: bool = False) -> None:
                 sys.exit(f"it failed; see {run.folder / 'train.log'}")
 
 
-def train_command(base: Path, data: Path, out: Path, minutes: float, **flags) -> list[str]:
+def train_command(base: Path, data: Path, out: Path, **flags) -> list[str]:
     """``mlx-specstream train``."""
-    places = as_flags(model=base, data=data, streams=out, minutes=minutes)
+    places = as_flags(model=base, data=data, streams=out)
     return [sys.executable, "-m", "mlx_specstream", "train", *places, *as_flags(**flags)]
 
 

@@ -49,12 +49,12 @@ def row_run(row: str, task: str, work: Path, base: Path, minutes: float, seed: i
     reference, target = work / task / "reference", study.base_of(task, work, base)
     if row in SHARED:  # a fine-tuned model is its result, so it starts from what was not tuned yet
         flags = {**SHARED[row], "fused_path": out / "model", "seed": seed, **EVERY}
-        command = train_command(base, reference, out, minutes, **flags)
+        command = train_command(base, reference, out, minutes=minutes, **flags)
         return Run(out, command, "streams.json", minutes, [reference / "train.jsonl"])
     needs = [own / "train.jsonl"]
     if row in LOSSLESS:
         flags = {**LOSSLESS[row], "seed": seed, **EVERY}
-        command = train_command(target, own, out, minutes, **flags)
+        command = train_command(target, own, out, minutes=minutes, **flags)
         return Run(out, command, "streams.json", minutes, needs)
     flags = {"model": target, "data": own, "out": out, "minutes": minutes, "seed": seed}
     if row == DRAFT:
@@ -69,7 +69,7 @@ def base_run(task: str, work: Path, base: Path, minutes: float) -> Run:
     out, reference = work / task / "base-streams", work / task / "reference"
     made = study.base_of(task, work, base)
     flags = {**SHARED["shared-v1"], "lora_rank": 128, "fused_path": made, "seed": 0, **EVERY}
-    command = train_command(base, reference, out, minutes, **flags)
+    command = train_command(base, reference, out, minutes=minutes, **flags)
     return Run(out, command, "streams.json", minutes, [reference / "train.jsonl"])
 
 

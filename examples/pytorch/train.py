@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EMBEDDING_SHARE = 0.05  # initial P_j against the RMS of the hidden states they are added to
-EMBEDDING_RATE = 20.0  # of P_j, as a multiple of the learning rate
+EMBEDDING_RATE = 2.2  # of P_j, as a multiple of the learning rate times that RMS
+MEASURED_WIDTH, MEASURED_RATE = 384, 1e-3  # of a LoRA; with the square root of the width it falls
 DECAY = 0.8  # weight of a stream in the loss against that of the one before
 WARM_UP = 0.03  # of the run
 
@@ -145,30 +146,52 @@ def stream_losses(model: StreamingModel, batch: Batch, target: str) -> torch.Ten
 
 
 @torch.no_grad()
-def accuracy(model: StreamingModel, batch: Batch) -> list[float]:
+def accuracy(model: StreamingModel, held_out: list[Batch]) -> list[float]:
     """How often each stream's first guess (given the token before, if conditioned) is the text's."""
-    states = model.deferred(batch.tokens, batch.hosts).streams
-    said = model.head(model.given(states, batch.tokens, batch.hosts)).argmax(-1)
-    valid = batch.targets >= 0
-    right = ((said == batch.targets) & valid).sum((0, 2))
-    return (right / valid.sum((0, 2)).clamp(min=1)).tolist()
+    right = total = 0
+    for batch in held_out:
+        states = model.deferred(batch.tokens, batch.hosts).streams
+        said = model.head(model.given(states, batch.tokens, batch.hosts)).argmax(-1)
+        valid = batch.targets >= 0
+        right = right + ((said == batch.targets) & valid).sum((0, 2))
+        total = total + valid.sum((0, 2))
+    return (right / total.clamp(min=1)).tolist()
+
+
+def held_out_batches(examples: list[Example], args, device) -> list[Batch]:
+    """No larger than those of training: as many rows, and as many hosts of each, evenly apart."""
+    found = []
+    for at in range(0, len(examples), args.batch_size):
+        some = examples[at : at + args.batch_size]
+        rows = [list(e.hosts()) for e in some]
+        rows = [r[:: -(-len(r) // args.hosts)] for r in rows]
+        found.append(make_batch(some, rows, args.num_streams, device))
+    return found
+
+
+@torch.no_grad()
+def hidden_rms(model: StreamingModel, batch: Batch) -> float:
+    """Of the hidden states that P_j is added to: the median over hosts, for the first token of a text is
+    far larger in most models."""
+    cut = pick(model.deferred(batch.tokens, batch.hosts).cut, batch.hosts).float()
+    return cut.square().mean(-1).sqrt()[batch.targets[:, 0] >= 0].median().item()
 
 
 def train(model: StreamingModel, examples: list[Example], held_out: list[Example], args) -> dict:
     """Train until the steps or the minutes are over; returns what is stored as ``training``."""
     device, streams = model.model.device, model.streams
     source, g = batches(examples, args, device), args.num_streams
-    valid = None
-    if held_out:
-        rows = [list(e.hosts())[::4] for e in held_out]
-        valid = make_batch(held_out, rows, g, device)
-    first = next(source)
-    rms = model.deferred(first.tokens, first.hosts).cut.float().square().mean().sqrt()
+    valid = held_out_batches(held_out, args, device)
+    rms = hidden_rms(model, next(source))
     with torch.no_grad():  # small against the hidden states they are added to
         streams.stream_embeddings.weight.mul_(EMBEDDING_SHARE * rms)
     slow = [p for n, p in streams.named_parameters() if n != "stream_embeddings.weight"]
     groups = [
-        {"params": [streams.stream_embeddings.weight], "speed": EMBEDDING_RATE, "weight_decay": 0},
+        {
+            "params": [streams.stream_embeddings.weight],
+            "speed": EMBEDDING_RATE * rms,
+            "weight_decay": 0,
+        },
         {"params": slow, "speed": 1.0, "weight_decay": 0.01},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
@@ -194,7 +217,7 @@ def train(model: StreamingModel, examples: list[Example], held_out: list[Example
         about |= {"steps": step, "seconds": round(seconds, 1)}
         if step % args.report_every == 0 or done >= 1.0:
             about["losses"] = [round(x, 4) for x in losses.tolist()]
-            if valid is not None:
+            if valid:
                 about["top1"] = [round(x, 4) for x in accuracy(model, valid)]
             print(
                 f"step {step}, {seconds:.0f} s: losses {about['losses']}", file=sys.stderr, end=""
@@ -221,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="train for this long instead of --iters")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--hosts", type=int, default=16, help="positions with streams per sequence")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, help="follows from the hidden size")
     parser.add_argument("--max-seq-length", type=int, default=2048)
     parser.add_argument("--valid-rows", type=int, default=50)
     parser.add_argument("--report-every", type=int, default=100)
@@ -240,6 +263,8 @@ def main(argv: list[str] | None = None) -> Path:
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     base = base.eval().to(args.device)  # no dropout: the base is frozen
     layers = base.config.num_hidden_layers
+    if args.learning_rate is None:
+        args.learning_rate = MEASURED_RATE * min(1, MEASURED_WIDTH / base.config.hidden_size) ** 0.5
     config = StreamConfig(
         num_streams=args.num_streams,
         msa_layers=args.msa_layers or max(1, min(4, layers // 4)),

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         streams=streams,
         copies=seams is not None,
-        draft_model=_draft_model(args, tokenizer),
+        draft_model=options.draft_model(args.draft_model, tokenizer),
         num_draft_tokens=args.num_draft_tokens,
         keywords={name: value for name, value in keywords.items() if value is not None},
     )
@@ -198,17 +198,3 @@ def _seams(model, notes: list[str]):
         seams = attach(model)
     notes += options.planner_note(seams)
     return seams
-
-
-def _draft_model(args: argparse.Namespace, tokenizer):
-    if not args.draft_model:
-        return None
-    from ..load import load_base, model_folder
-
-    model, other, _ = load_base(model_folder(args.draft_model))
-    if other.vocab_size != tokenizer.vocab_size:
-        raise BadArgument(
-            f"[draft_model] must have the model's {tokenizer.vocab_size} tokens; it has "
-            f"{other.vocab_size}."
-        )
-    return model

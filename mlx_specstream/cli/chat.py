@@ -88,7 +88,12 @@ class Conversation:
         self._fed = list(tokens)
         said, answer = "", []
         responses = stream_generate(
-            self.model, self.tokenizer, tokens[known:], prompt_cache=self._cache, **self.keywords
+            self.model,
+            self.tokenizer,
+            tokens[known:],
+            prompt_cache=self._cache,
+            history=tokens[:known],
+            **self.keywords,
         )
         try:
             for response in responses:
@@ -127,8 +132,10 @@ class Conversation:
             if can_trim(self._cache, surplus):
                 mlx_lm_cache.trim_prompt_cache(self._cache, surplus)
                 return known
-        streams = seams_of(self.model) is not None and self.keywords["use_streams"]
-        make = make_prompt_cache if streams else mlx_lm_cache.make_prompt_cache
+        seams = seams_of(self.model)
+        streams = seams is not None and seams.streams is not None and self.keywords["use_streams"]
+        drafts = streams or self.keywords.get("copies")
+        make = make_prompt_cache if drafts else mlx_lm_cache.make_prompt_cache
         self._cache = make(self.model)
         return 0
 

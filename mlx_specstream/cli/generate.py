@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = options.load_model(args)
     log = options.answer_log(args, model)
     if args.draft_model:
-        from ..load import load
-
-        keywords["draft_model"], _ = load(args.draft_model, streams=False)
+        keywords["draft_model"] = options.draft_model(args.draft_model, tokenizer)
     for name in MLX_LM_OPTIONS:
         if getattr(args, name) is not None:
             keywords[name] = getattr(args, name)

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ..errors import BadArgument
+
 # what configs of models call it
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -127,12 +129,26 @@ def context_of(config: dict) -> int | None:
     return None
 
 
+def draft_model(path: str | None, tokenizer):
+    """The model that drafts for mlx-lm's speculative decoding; raises BadArgument if it cannot."""
+    if not path:
+        return None
+    from ..load import load_base, model_folder
+
+    model, other, _ = load_base(model_folder(path))
+    if other.vocab_size != tokenizer.vocab_size:
+        raise BadArgument(
+            f"[draft_model] must have the model's {tokenizer.vocab_size} tokens; it has "
+            f"{other.vocab_size}."
+        )
+    return model
+
+
 def generation_arguments(args: argparse.Namespace) -> dict:
     """Keyword arguments of ``stream_generate`` for streams and sampling."""
     from ..decode.choose import make_sampler
     from ..decode.prune import PruneRule
     from ..decode.tree import TreeShape
-    from ..errors import BadArgument
     from ..generate import check_max_tokens
 
     for name, ok, rule in (
@@ -151,7 +167,7 @@ def generation_arguments(args: argparse.Namespace) -> dict:
         prune = PruneRule(args.prune_keep, args.prune_threshold)
     return {
         "max_tokens": check_max_tokens(args.max_tokens),
-        "sampler": make_sampler(args.temp, args.top_p, args.min_p, args.top_k),
+        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
         "seed": args.seed,
         "use_streams": not args.no_streams,
         "tree": args.tree,
@@ -164,7 +180,6 @@ def generation_arguments(args: argparse.Namespace) -> dict:
 
 def chat_tokens(tokenizer, messages: list[dict]) -> list[int]:
     """The prompt that the chat template makes of messages; its own complaints are one line."""
-    from ..errors import BadArgument
 
     try:
         return tokenizer.apply_chat_template(
@@ -186,7 +201,6 @@ def planner_note(seams) -> list[str]:
 
 def check_output(name: str, path: Path | None) -> None:
     """A file that is to be written at the end: what is wrong with it is said at the beginning."""
-    from ..errors import BadArgument
 
     if path is None:
         return

@@ -16,11 +16,12 @@ from typing import Any
 from ..config import StreamConfig
 from ..errors import BadArgument
 from ..train.presets import PRESETS, PRUNE_RANK, every, learning_rate
-from . import train_online
+from . import options, train_online
 from .train_arguments import add_arguments as add_arguments
 from .train_display import ProgressDisplay
 
 HELP = "train streams for a model"
+MAX_LENGTH = 2048  # tokens of a row
 SAVE_EVERY = 200  # steps at most: what a crash may cost
 SHAPE = tuple(f.name for f in fields(StreamConfig))
 RUN = (
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             fused=fused,
             self_distill=self_distill,
             cache_hidden=args.cache_hidden,
-            max_length=args.max_seq_length,
+            max_length=max_length(args, base_config),
             draft_vocabulary=args.draft_vocabulary,
             begin_from=begin_from,
             look=None if args.no_rehearsal or args.only else Rehearsal(tokenizer, changes=shared),
@@ -147,6 +148,19 @@ def stream_config(
     if shared:
         found["lora_rank"] = 0  # the fused model has it in its weights
     return StreamConfig(**found)
+
+
+def max_length(args: argparse.Namespace, base_config: dict) -> int:
+    """Tokens of a row, at most: no more than the model reads."""
+    context = options.context_of(base_config)
+    if args.max_seq_length is None:
+        return min(MAX_LENGTH, context or MAX_LENGTH)
+    if context is not None and args.max_seq_length > context:
+        raise BadArgument(
+            f"[max_seq_length] must be at most the {context} tokens that the model reads, got "
+            f"{args.max_seq_length}."
+        )
+    return args.max_seq_length
 
 
 def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):

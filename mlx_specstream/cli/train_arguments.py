@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--self-distill-cache",
         type=Path,
         metavar="DIR",
-        help="for the answers (default: --streams)",
+        help="for the answers (default: in the user's cache)",
     )
     run_ = parser.add_argument_group("run")
     run_.add_argument("--iters", type=int, help="steps (default: the preset's)")
@@ -144,7 +144,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after N validations without progress, and take the best (default: run to the end)",
     )
     run_.add_argument(
-        "--max-seq-length", type=int, default=2048, help="default: %(default)s tokens"
+        "--max-seq-length",
+        type=int,
+        help="tokens of a row; longer ones are cut (default: 2048, or what the model reads)",
     )
     run_.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     run_.add_argument("--grad-accumulation-steps", type=int, help="batches per step (default: 1)")

@@ -61,10 +61,10 @@ def learn(args: argparse.Namespace) -> None:
         raise BadCheckpoint(
             f"[train] the model sees its streams in {streams}: training them would change what it says."
         )
-    model, tokenizer, _ = load_base(
+    model, tokenizer, base_config = load_base(
         folder, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    data = read_log(args.from_log, identity(model), args.max_seq_length)
+    data = read_log(args.from_log, identity(model), train.max_length(args, base_config))
     preset = PRESETS[args.preset or "default"]
     size = args.batch_size or preset.batch_size
     iters = args.iters or max(LOOKS, min(MOST, ROUNDS * len(data.train) // size))

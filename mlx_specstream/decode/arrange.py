@@ -41,7 +41,8 @@ def make_chooser(sampler, seed, coupled, processors, tokens: mx.array) -> Greedy
         return Greedy()
     if isinstance(sampler, TemperatureSampler) and not processors:
         return Drawn(sampler, fresh_seed() if seed is None else seed, coupled)
-    return Opaque(seeded(sampler, seed) or greedy_sampler, processors or [], tokens.tolist())
+    sampler = seeded(sampler, seed) or greedy_sampler
+    return Opaque(sampler, processors or [], tokens.tolist(), coupled)
 
 
 def make_steering(
@@ -89,10 +90,10 @@ def _cheaper_placement(costs: Costs, legal: tuple[str, ...]) -> str:
     return next((p for p in others if costs.streams_at(p, USUAL, context) < least), first)
 
 
-def make_copier(seams: Seams, tokenizer, tokens: mx.array) -> Copier:
+def make_copier(seams: Seams, tokenizer, tokens: list[int]) -> Copier:
     """Finds drafts in ``tokens`` and what follows; what it learns stays for the next answer."""
     calibration = seams.kept.setdefault("copies", Calibration())
-    return Copier(tokenizer, tokens.tolist(), calibration=calibration)
+    return Copier(tokenizer, tokens, calibration=calibration)
 
 
 def seams_for_copies(model: nn.Module, seams: Seams | None) -> Seams:

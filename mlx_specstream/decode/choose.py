@@ -37,7 +37,8 @@ class TemperatureSampler:
 
     Args:
         temp: temperature, > 0.
-        top_p, min_p, top_k: mlx-lm's filters, in mlx-lm's order; 0 is off.
+        top_p, min_p, top_k: mlx-lm's filters, in mlx-lm's order; 0 is off, and so is a ``top_k`` that
+            keeps all.
     """
 
     temp: float
@@ -51,7 +52,7 @@ class TemperatureSampler:
             logprobs = sample_utils.apply_top_p(logprobs, self.top_p)
         if self.min_p:
             logprobs = sample_utils.apply_min_p(logprobs, self.min_p)
-        if self.top_k:
+        if 0 < self.top_k < logprobs.shape[-1]:
             logprobs = sample_utils.apply_top_k(logprobs, self.top_k)
         return logprobs * (1.0 / self.temp)
 
@@ -64,14 +65,28 @@ class TemperatureSampler:
 
 
 def make_sampler(
-    temp: float = 0.0, top_p: float = 0.0, min_p: float = 0.0, top_k: int = 0
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    **xtc,
 ) -> Sampler:
     """``mlx_lm.sample_utils.make_sampler`` in a form that lets drafts be coupled to the draws.
 
-    Any other sampler works too; then only the first guess of each stream is coupled.
+    With ``min_tokens_to_keep`` above 1 or XTC it is mlx-lm's own. Any sampler works: of mlx-lm's
+    own the first guess of each stream is coupled, of others none, because a draft would call them
+    when plain decoding does not.
+
+    Args:
+        temp, top_p, min_p, min_tokens_to_keep, top_k, xtc: as there.
     """
     if temp == 0:
         return sample_utils.greedy_sampler
+    if xtc.get("xtc_probability") or (min_p and min_tokens_to_keep > 1):
+        return sample_utils.make_sampler(
+            temp, top_p, min_p, min_tokens_to_keep=min_tokens_to_keep, top_k=top_k, **xtc
+        )
     return TemperatureSampler(temp, top_p, min_p, top_k)
 
 
@@ -107,6 +122,12 @@ def fresh_seed() -> int:
 
 def is_greedy(sampler: Sampler | None) -> bool:
     return sampler is None or sampler is sample_utils.greedy_sampler
+
+
+def is_stateless(sampler: Sampler) -> bool:
+    """Whether calls do not depend on earlier ones: sure of mlx-lm's samplers and ours alone."""
+    mlx_lms = getattr(sampler, "__module__", None) == sample_utils.__name__
+    return mlx_lms or isinstance(sampler, TemperatureSampler)
 
 
 class Greedy:
@@ -190,10 +211,20 @@ class Opaque:
 
     Args:
         history: all tokens up to the root of the first tree; grows by the tokens chosen.
+        coupled: let drafts begin with what the sampler would draw from them, if it is of a kind
+            that may be called for a draft.
     """
 
-    def __init__(self, sampler: Sampler, processors: list[LogitsProcessor], history: list[int]):
+    def __init__(
+        self,
+        sampler: Sampler,
+        processors: list[LogitsProcessor],
+        history: list[int],
+        coupled: bool = True,
+    ):
         self.sampler, self.processors, self.history = sampler, processors, list(history)
+        seeded = isinstance(sampler, SeededSampler)
+        self.coupled = coupled and seeded and is_stateless(sampler.sampler)
 
     def begin(self, logits: mx.array) -> None:
         self._logits, self._logprobs = logits, {}
@@ -215,7 +246,7 @@ class Opaque:
         return self._logprobs[node]
 
     def guesses(self, logits, count: int, place: int, vocabulary=None, change=None) -> Guesses:
-        if not isinstance(self.sampler, SeededSampler) or vocabulary is not None:
+        if not self.coupled or vocabulary is not None:
             return Greedy().guesses(logits, count, place, vocabulary, change)
         plain = guesses_from(logits, count, vocabulary)
         # The sampler's own word at each place, if the stream were the target, comes first.

@@ -123,6 +123,7 @@ class Decoder:
         self._flight: _Flight | None = None
         self._news: tuple[NextPass, int, list[int]] | None = None
         self._behind: tuple[_Flight, Accepted, int] | None = None
+        self._noted = time.perf_counter()  # when the last pass ended
         self._runs_ahead = mx.default_device().type == mx.DeviceType.cpu
 
     # --- one turn ---
@@ -177,6 +178,8 @@ class Decoder:
     def _launch(self, copied: Copied | None, streams_s: float) -> None:
         tic = time.perf_counter()
         guesses, text = self._guesses, None
+        if self.place == 0:  # the prompt's own pass drafts nothing
+            copied = None
         if copied is not None and guesses is not None and copied.unlikely:
             copied = None
         if copied is not None and copied.tokens:
@@ -318,10 +321,12 @@ class Decoder:
             if flight.copied is not None and flight.copied.tokens:
                 self._credit(flight, tokens)
         right = max(len(path) - 1 + tie, 0)  # a path that ends before a near-tie lacks that node
-        if flight.place:  # the prompt's own pass drafts nothing
+        if flight.place:
             self._news = flight.plan, self.buffers.offset, tokens[:right]
+        now = time.perf_counter()
         if self.record is not None and flight.place:
-            self._note(flight, path, right, waited)
+            self._note(flight, path, right, waited, now - self._noted)
+        self._noted = now
         if ended:
             self._tell()
             self._redraft(flight, accepted, path, False)
@@ -346,7 +351,9 @@ class Decoder:
             right += 1
         self.copier.observe(flight.copied, right, min(tried, len(chosen)))
 
-    def _note(self, flight, path, right, waited) -> None:
+    def _note(self, flight, path, right, waited, whole) -> None:
+        base = flight.seconds - self._draft_s
+        host = whole - base - self._draft_s - self._streams_s
         copied = np.array(flight.verified.tree.copied)[path].sum() if path else 0
         self.record.passes.append(
             PassRecord(
@@ -354,10 +361,10 @@ class Decoder:
                 accepted=right,
                 copied=int(copied),
                 streams=flight.plan.streams,
-                base_s=waited if not self._splits else flight.seconds,
+                base_s=waited if not self._splits else base,
                 streams_s=self._streams_s,
                 draft_s=self._draft_s,
-                host_s=0.0 if not self._splits else waited,
+                host_s=0.0 if not self._splits else host,
                 recheck=flight.recheck,
             )
         )

@@ -67,6 +67,7 @@ def guesses_from(
         best = mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :count]  # [g, count]
         logits = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(g, -1)
         ids = (best[:, :, None] * BLOCK + mx.arange(BLOCK)).reshape(g, -1)
+        ids = mx.minimum(ids, V - 1)  # where even real tokens have -inf, padding may be chosen, too
     top = mx.argsort(-logits, axis=-1)[:, :count]
     tokens = top if ids is None else mx.take_along_axis(ids, top, axis=-1)
     logprobs = mx.take_along_axis(logits, top, axis=-1)

@@ -14,9 +14,10 @@ class PassRecord:
         accepted: drafted tokens that the model agreed with (the token it adds itself not counted).
         copied: those of ``accepted`` that were copied from earlier text.
         streams: the streams ran for the draft after this one.
-        base_s, streams_s, draft_s, host_s: seconds in the base's layers and head, in the streams, in
-            making the draft, and in everything else. Meaningful only in a ``split`` record: without
-            it the device works on while the host goes on.
+        base_s, streams_s, draft_s, host_s: seconds until the pass was computed (the tree is drafted in
+            it), until the streams and the copies were, in planning the pass and queueing it, and in
+            everything else since the pass before, the caller's own work included. Meaningful only in
+            a ``split`` record: without it the device works on while the host goes on.
         recheck: a pass of one row that repeats a near tie; it drafts nothing.
     """
 

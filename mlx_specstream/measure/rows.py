@@ -15,6 +15,7 @@ from itertools import count
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import generation_stream, wired_limit
 
 from ..decode.choose import Greedy
 from ..decode.compiling import compiled_at_once
@@ -31,6 +32,10 @@ from ..model.seams import Seams
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (64, 512, 2048)
 WARM_ROUNDS = 1  # in the first round passes are traced and compiled
+# The prompt's own step, and the first with a tree: it makes buffers, and finds memory laid out for
+# another size.
+SETTLING = 2
+TIMED = 3  # steps
 
 
 def check_sizes(name: str, sizes, least: int) -> tuple[int, ...]:
@@ -106,7 +111,7 @@ def measure_costs(
     Args:
         rows: nodes of a pass, ascending from 1.
         contexts: tokens before the pass.
-        repeats: rounds over all kinds, each with three timed steps of every kind.
+        repeats: rounds over all kinds, each with ``TIMED`` timed steps of every kind.
         inline: time inline streams too (up to 16 nodes; beyond that they only get worse).
         progress: called with (kinds of steps done, in all).
 
@@ -121,7 +126,8 @@ def measure_costs(
     if has_streams and (inline or not deferrable):
         kinds += [_Script(n, True, True) for n in rows if n <= 16]
     total, done = len(contexts) * (repeats + WARM_ROUNDS), count(1)
-    with compiled_at_once(seams):
+    stream = generation_stream  # memory is wired and passes queued as in decoding
+    with wired_limit(seams.model, [stream]), mx.stream(stream), compiled_at_once(seams):
         tables = [
             _times(seams, kinds, context, repeats, lambda: progress(next(done), total))
             for context in contexts
@@ -164,20 +170,19 @@ def measure_costs(
 def _times(seams, kinds, context: int, repeats: int, step_done) -> dict[_Script, float]:
     """Milliseconds of a step of each kind behind so many tokens."""
     stores = _prefilled(seams, context)
-    # Every probe writes behind the same rows: its first step makes it buffers of its own.
-    probes = {kind: _Probe(seams, [copy.copy(s) for s in stores], kind) for kind in kinds}
-    del stores
     times: dict[_Script, list[float]] = {kind: [] for kind in kinds}
     for repeat in range(repeats + WARM_ROUNDS):
-        for kind, probe in probes.items():
-            for step in range(4):
+        for kind in kinds:
+            # Each begins behind the same rows, in buffers that live no longer than it does.
+            probe = _Probe(seams, [copy.copy(store) for store in stores], kind)
+            for step in range(SETTLING + TIMED):
                 tic = time.perf_counter()
                 probe.step(1 << 30, ())
-                # The first after another size finds memory laid out for that one.
-                if step and repeat >= WARM_ROUNDS:
+                if step >= SETTLING and repeat >= WARM_ROUNDS:
                     times[kind].append(time.perf_counter() - tic)
+            del probe
         step_done()
-    del probes
+    del stores
     mx.clear_cache()
     # Whatever else the machine does can only add time: the lower quartile, not the median.
     return {kind: 1e3 * float(np.quantile(t, 0.25)) for kind, t in times.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from .seams import Seams
@@ -17,10 +18,11 @@ def last_rows(seams: Seams, length: int) -> int:
     One, as in mlx-lm: in 16 bits the choice could depend on the number of rows. In float32 on a CPU
     it does not, and all that is left of the prompt may go in one pass, which spares one.
     """
-    if "kv" not in seams.kept or mx.default_device().type != mx.DeviceType.cpu:
+    rows = _known_rows(seams)
+    if rows is None or mx.default_device().type != mx.DeviceType.cpu:
         return 1
     shared = seams.streams is not None and seams.streams.config.main_sees_streams
-    exact = seams.kept["kv"][0][-1] == mx.float32  # K/V have the dtype of the activations
+    exact = rows[0][-1] == mx.float32  # K/V have the dtype of the activations
     return min(length, MOST_ROWS) if exact and not shared else 1
 
 
@@ -42,14 +44,23 @@ def feed(seams: Seams, stores: list[KVCache], tokens: mx.array) -> None:
 
 def see_to_buffers(seams: Seams, stores: list[KVCache], tokens: mx.array) -> None:
     """Make sure that empty caches have buffers; how large a row is, the model says once."""
-    if stores[0].keys is None and "kv" in seams.kept:
-        for store, (heads, d_key, d_value, dtype) in zip(stores, seams.kept["kv"], strict=True):
+    if stores[0].keys is None and (rows := _known_rows(seams)):
+        for store, (heads, d_key, d_value, dtype) in zip(stores, rows, strict=True):
             store.keys = mx.zeros((1, heads, store.step, d_key), dtype)
             store.values = mx.zeros((1, heads, store.step, d_value), dtype)
     elif stores[0].keys is None:
         seams.model(tokens[:1][None], cache=stores)
         for store in stores:
             store.trim(1)
-    seams.kept["kv"] = [
-        (s.keys.shape[1], s.keys.shape[3], s.values.shape[3], s.keys.dtype) for s in stores
-    ]
+    rows = [(s.keys.shape[1], s.keys.shape[3], s.values.shape[3], s.keys.dtype) for s in stores]
+    seams.kept["kv"] = _dtypes(seams), rows
+
+
+def _known_rows(seams: Seams) -> list[tuple] | None:
+    """(heads, D of keys, D of values, dtype) per layer, once seen; a model may change its dtype."""
+    dtypes, rows = seams.kept.get("kv", (None, None))
+    return rows if dtypes == _dtypes(seams) else None
+
+
+def _dtypes(seams: Seams) -> list[mx.Dtype]:
+    return [array.dtype for _, array in tree_flatten(seams.model.layers[0].parameters())]

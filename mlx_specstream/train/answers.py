@@ -1,8 +1,8 @@
 """Self-distillation: the base answers the prompts of the data itself, and its answers are the text.
 
 Streams guess what the base will say, so its own text teaches them more than reference answers do.
-Answers come from mlx-lm's batch generation and are kept in a file, so that a killed run goes on where
-it stopped and the next run with the same base, prompts and settings finds them there.
+Answers come from mlx-lm's batch generation and are kept in a file of the user's cache, so that a killed
+run goes on where it stopped and the next run with the same base, prompts and settings finds them there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from ..errors import BadArgument, BadData
-from .data import Example
+from ..profile import cache_folder
+from .data import Example, spread
+from .estimate import duration
 from .identity import identity
 
 GROUP = 128  # answers that are written to the file at once
@@ -33,7 +35,7 @@ class SelfDistill:
     """How the base answers.
 
     Args:
-        cache: folder for the answers; None is the streams folder.
+        cache: folder for the answers; None is ``answers_folder()``.
         temperature: 0 is greedy, what streams will mostly be used for.
         max_tokens: an answer that has not ended by then is cut there.
         batch_size: answers generated at once.
@@ -56,12 +58,16 @@ class SelfDistill:
                 )
 
 
+def answers_folder() -> Path:
+    """Where answers lie unless told otherwise: not in a streams folder, which people share."""
+    return cache_folder() / "answers"
+
+
 def answered(
     model: nn.Module,
     tokenizer,
     examples: list[Example],
     how: SelfDistill,
-    folder: Path,
     max_length: int,
     note: Callable[[str], None],
 ) -> list[Example]:
@@ -69,22 +75,48 @@ def answered(
 
     Args:
         model: the plain base, without streams.
-        folder: where answers go if ``how`` names no cache.
         max_length: tokens of prompt and answer together.
 
     Raises:
         BadData: no row has a prompt, or no answer is long enough to learn from.
     """
+    prompts = _prompts(examples, how, max_length)
+    note(f"self-distillation: {len(prompts)} prompts of {len(examples)} rows")
+    folder = how.cache or answers_folder()
+    return _learnable(prompts, answers(model, tokenizer, prompts, how, folder, max_length, note))
+
+
+def try_answering(
+    model: nn.Module,
+    tokenizer,
+    examples: list[Example],
+    how: SelfDistill,
+    max_length: int,
+    note: Callable[[str], None],
+) -> list[Example]:
+    """As many examples as ``answered`` would make, of a few answers again and again; keeps nothing.
+
+    What a run will take can be told from them.
+    """
+    prompts = _prompts(examples, how, max_length)
+    some = [prompts[number] for number in spread(len(prompts), how.batch_size)]
+    tic = time.perf_counter()
+    made = _learnable(some, _generate(model, tokenizer, some, how, max_length, 0))
+    seconds = (time.perf_counter() - tic) * len(prompts) / len(some)
+    note(f"self-distillation: {len(prompts)} prompts to answer first, about {duration(seconds)}")
+    return [made[number % len(made)] for number in range(len(prompts))]
+
+
+def _prompts(examples: list[Example], how: SelfDistill, max_length: int) -> list[list[int]]:
     prompts = [e.tokens[: e.start] for e in examples if 0 < e.start < max_length - 1]
     if not prompts:
-        raise BadData(
-            "[self_distill] no row has a prompt to answer; rows must have prompt and completion, or "
-            "messages."
-        )
-    if not how.temperature:
-        prompts = list(map(list, dict.fromkeys(map(tuple, prompts))))
-    note(f"self-distillation: {len(prompts)} prompts of {len(examples)} rows")
-    texts = answers(model, tokenizer, prompts, how, how.cache or folder, max_length, note)
+        raise BadData("[self_distill] no row has a prompt to answer.")
+    if how.temperature:
+        return prompts
+    return list(map(list, dict.fromkeys(map(tuple, prompts))))
+
+
+def _learnable(prompts: list[list[int]], texts: list[list[int]]) -> list[Example]:
     made = [Example([*p, *a], len(p)) for p, a in zip(prompts, texts, strict=True)]
     made = [e for e in made if len(e.hosts())]
     if not made:
@@ -119,7 +151,7 @@ def answers(
     for group in _groups(order, len(known)):
         some = [prompts[k] for k in group]
         made = _generate(model, tokenizer, some, how, max_length, group[0])
-        _append(path, [_line(k, ids, tokenizer) for k, ids in zip(group, made, strict=True)])
+        _append(path, [_line(k, ids) for k, ids in zip(group, made, strict=True)])
         known.update(zip(group, made, strict=True))
         new += sum(map(len, made))
         now = time.perf_counter()
@@ -167,14 +199,14 @@ def _groups(order: list[int], begin: int) -> Iterator[list[int]]:
         yield order[at : at + GROUP]
 
 
-def _line(number: int, ids: list[int], tokenizer) -> str:
-    row = {"prompt": number, "tokens": ids, "text": tokenizer.decode(ids)}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _line(number: int, ids: list[int]) -> str:
+    return json.dumps({"prompt": number, "tokens": ids}) + "\n"
 
 
 def _append(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    # What a model said to somebody's prompts is nobody else's business.
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as file:
         file.write("".join(lines).encode())
         file.flush()
         os.fsync(file.fileno())

@@ -67,9 +67,12 @@ class Batch:
 
 
 def read_examples(
-    folder: Path, split: str, tokenizer, max_length: int
+    folder: Path, split: str, tokenizer, max_length: int, answers: bool = True
 ) -> tuple[list[Example], DataReport]:
     """The examples of a split, and what was cut or left out.
+
+    Args:
+        answers: False reads prompts alone: rows need no answer, and one that is there is left away.
 
     Raises:
         BadData: no such file, rows that cannot be read (the first one with file and line, and how many
@@ -81,21 +84,20 @@ def read_examples(
     def found() -> Iterator[Example]:
         for number, row in read_rows(path):
             try:
-                yield to_example(row, tokenizer, f"{path}:{number}")
+                yield to_example(row, tokenizer, f"{path}:{number}", answers)
             except BadData as error:
                 report.rows += 1
                 report.unreadable += 1
                 report.first_unreadable = report.first_unreadable or str(error)
 
-    examples = usable(found(), report)
+    examples = usable(found(), report) if answers else askable(found(), report)
     if report.unreadable:
         more = report.unreadable - 1
         others = f" {more} more of {report.rows} rows cannot be read." if more else ""
         raise BadData(report.first_unreadable + others)
     if not examples:
-        raise BadData(
-            f"[data] {path} has no row with at least two completion tokens to learn from."
-        )
+        what = "at least two completion tokens to learn from" if answers else "a prompt to answer"
+        raise BadData(f"[data] {path} has no row with {what}.")
     return examples, report
 
 
@@ -127,6 +129,23 @@ def usable(found: Iterable[Example], report: DataReport) -> list[Example]:
     return examples
 
 
+def askable(found: Iterable[Example], report: DataReport) -> list[Example]:
+    """The examples, prompts alone, that leave room for an answer in ``report.max_length`` tokens."""
+    examples = []
+    for example in found:
+        report.rows += 1
+        report.longest = max(report.longest, len(example.tokens))
+        if not example.tokens:
+            report.no_prompt += 1
+        elif example.start >= report.max_length - 1:
+            report.no_room += 1
+        else:
+            report.tokens += len(example.tokens)
+            examples.append(example)
+    report.used = len(examples)
+    return examples
+
+
 def spread(number: int, count: int) -> list[int]:
     """``count`` of the rows 0 .. number - 1, evenly apart: files are often sorted by task."""
     count = min(count, number)
@@ -151,14 +170,21 @@ def split_file(folder: Path, split: str) -> Path:
     raise BadData(f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither.")
 
 
-def to_example(row: dict, tokenizer, at: str) -> Example:
-    """The example that a row is; ``at`` names the row (file:line) in the BadData of one that is none."""
+def to_example(row: dict, tokenizer, at: str, answer: bool = True) -> Example:
+    """The example that a row is; ``at`` names the row (file:line) in the BadData of one that is none.
+
+    Args:
+        answer: False makes its prompt alone, with nothing behind it.
+    """
     try:
-        return _example(row, tokenizer)
+        return _example(row, tokenizer) if answer else _prompt(row, tokenizer)
     except Exception as error:  # a chat template may raise anything
-        raise BadData(
-            f'[data] {at}: a row must have "prompt" and "completion", "messages" or "text": {error!r}.'
-        ) from None
+        rule = (
+            '"prompt" and "completion", "messages" or "text"'
+            if answer
+            else '"prompt" or "messages"'
+        )
+        raise BadData(f"[data] {at}: a row must have {rule}: {error!r}.") from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -199,6 +225,25 @@ def _example(row: dict, tokenizer) -> Example:
     return Example(tokens, 0)
 
 
+def _prompt(row: dict, tokenizer) -> Example:
+    """What a row asks; nothing, if it is mere text."""
+    if "prompt" not in row and "messages" not in row and "text" in row:
+        return Example([], 0)
+    if "prompt" in row and not isinstance(row["prompt"], str):
+        raise ValueError("prompt must be a string")
+    if "prompt" in row and not tokenizer.has_chat_template:
+        tokens = tokenizer.encode(row["prompt"])
+        return Example(tokens, len(tokens))
+    if "prompt" in row:
+        messages = [{"role": "user", "content": row["prompt"]}]
+    else:
+        messages = row["messages"]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+    tokens = _templated(messages, row.get("tools"), tokenizer, add_generation_prompt=True)
+    return Example(tokens, len(tokens))
+
+
 def _end(tokenizer) -> list[int]:
     """The end-of-sequence token, if the tokenizer has one."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -206,24 +251,24 @@ def _end(tokenizer) -> list[int]:
 
 def _chat(messages: list[dict], tools, tokenizer) -> Example:
     """The last assistant message is the completion; what a template adds after its end is cut."""
+    tokens = _templated(messages, tools, tokenizer)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message must be the assistant's")
+    start = len(_templated(messages[:-1], tools, tokenizer, add_generation_prompt=True))
+    for end in range(start, len(tokens)):
+        if tokens[end] in tokenizer.eos_token_ids:
+            return Example(tokens[: end + 1], start)
+    return Example(tokens, start)
+
+
+def _templated(messages: list[dict], tools, tokenizer, **how) -> list[int]:
     if not tokenizer.has_chat_template:
         raise ValueError(
             "the tokenizer has no chat template, so rows must have prompt/completion or text"
         )
     if not all(isinstance(m["content"], str | list) for m in messages):
         raise ValueError("every message must have a content")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError("the last message must be the assistant's")
-    tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
-    start = len(
-        tokenizer.apply_chat_template(
-            messages[:-1], tools=tools, add_generation_prompt=True, return_dict=False
-        )
-    )
-    for end in range(start, len(tokens)):
-        if tokens[end] in tokenizer.eos_token_ids:
-            return Example(tokens[: end + 1], start)
-    return Example(tokens, start)
+    return tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **how)
 
 
 def batches(

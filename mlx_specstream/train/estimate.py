@@ -9,6 +9,7 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 
+from ..errors import BadArgument
 from .data import Batch, Example, make_batch
 from .trainer import Trainer
 
@@ -31,10 +32,21 @@ def estimate(trainer: Trainer, train: list[Example], valid: list[Example]) -> Es
     """Try the longest rows (whatever does not fit into memory fails here), then time typical steps.
 
     Nothing is updated: the run that follows is the one it would have been.
+
+    Raises:
+        BadArgument: the device has no room for the longest rows.
     """
     config = trainer.config
     mx.reset_peak_memory()
-    _seconds(lambda: trainer.gradient(longest(trainer, train)))
+    try:
+        _seconds(lambda: trainer.gradient(longest(trainer, train)))
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in ("alloc", "memory")):
+            raise
+        raise BadArgument(
+            f"[train] the longest rows do not fit into memory: {error}; use a smaller --batch-size (with "
+            "--grad-accumulation-steps), fewer --hosts, --grad-checkpoint or a shorter --max-seq-length."
+        ) from error
     steps = [
         _seconds(lambda: trainer.gradient(batch))  # noqa: B023  called at once
         for batch in islice(trainer.source(train), TRIALS)

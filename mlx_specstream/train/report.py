@@ -8,6 +8,7 @@ from typing import Any
 THINGS = {  # field -> how a reader is told
     "empty": "with nothing to learn (empty completions)",
     "short": "of a single token",
+    "no_prompt": "without a prompt to answer",
     "no_room": "whose prompt leaves no room for an answer",
     "unreadable": "that are no rows",
     "others": "of another model",
@@ -21,10 +22,11 @@ class DataReport:
     Args:
         name: of the file. rows: lines that are not blank.
         used: examples; tokens: in them; longest: tokens of the longest row as it came.
-        empty, short, no_room, unreadable: left out, each for its reason.
+        empty, short, no_prompt, no_room, unreadable: left out, each for its reason.
         cut: used, but cut to ``max_length`` tokens.
         duplicates: used, though the very same row came before.
         trained_on: rows of the validation file that are also trained on.
+        shared: training rows left out, because their prompt is one of the validation file.
         others: of another model, left out (a log of answers).
         first_unreadable: what is wrong with the first of them.
     """
@@ -37,11 +39,13 @@ class DataReport:
     longest: int = 0
     empty: int = 0
     short: int = 0
+    no_prompt: int = 0
     no_room: int = 0
     unreadable: int = 0
     cut: int = 0
     duplicates: int = 0
     trained_on: int = 0
+    shared: int = 0
     others: int = 0
     first_unreadable: str = ""
 
@@ -60,6 +64,10 @@ class DataReport:
         if self.trained_on:
             found.append(
                 f"  also in the training rows, so validation flatters: {self.trained_on:,}"
+            )
+        if self.shared:
+            found.append(
+                f"  training rows left out, whose prompts are held out here: {self.shared:,}"
             )
         return found
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from ..model.checkpoint import fingerprint, read_description, save_streams
 from ..model.projections import embedding_of, weight_shape
 from ..model.seams import Seams, attach
 from ..model.support import ONE_MASK, check_supported
-from .answers import SelfDistill, answered
+from .answers import SelfDistill, answered, try_answering
 from .calibration import fit_temperatures
 from .config import TrainConfig
 from .data import Example, digest, has_split, in_both, read_examples, spread
@@ -112,13 +113,11 @@ def train_streams(
     """
     _check(model, streams, config, fused, cache_hidden, max_length, draft_vocabulary, begin_from)
     if isinstance(data, Path):
-        data = read_data(data, tokenizer, max_length, note)
+        data = read_data(data, tokenizer, max_length, note, answers=self_distill is None)
     train, valid = data.train, data.valid
-    if self_distill is not None and not dry_run:
-        train, valid = (
-            answered(model, tokenizer, some, self_distill, out, max_length, note)
-            for some in (train, valid)
-        )
+    if self_distill is not None:
+        answer = partial(try_answering if dry_run else answered, model, tokenizer)
+        train, valid = (answer(some, self_distill, max_length, note) for some in (train, valid))
     mx.random.seed(config.seed)
     base, name = fingerprint(model), identity(model)
     main_lora = add_lora(model, config.fine_tune, streams.msa_layers) if config.fine_tune else []
@@ -213,7 +212,7 @@ def _outcome(trainer: Trainer, valid: list[Example], note: Callable[[str], None]
     if trainer.done < 1.0:
         note(f"no progress in {config.patience} validations: stopped at step {trainer.iteration}")
     taken = trainer.take_best()
-    if config.patience is not None:
+    if taken < trainer.iteration:
         note(f"the streams of step {taken} are taken, the best on the held-out rows")
     found = next(h for h in reversed(trainer.history) if h["iteration"] == taken)
     about = {
@@ -300,22 +299,53 @@ def stop_between_steps(trainer: Trainer):
             signal.signal(number, handler)
 
 
-def read_data(data: Path, tokenizer, max_length: int, note: Callable[[str], None]) -> Data:
-    """What is in a folder, after saying what cannot be used of it."""
-    train, report = read_examples(data, "train", tokenizer, max_length)
+def read_data(
+    data: Path, tokenizer, max_length: int, note: Callable[[str], None], answers: bool = True
+) -> Data:
+    """What is in a folder, after saying what cannot be used of it.
+
+    Args:
+        answers: False if the rows are there for their prompts, which the model will answer itself.
+    """
+    train, report = read_examples(data, "train", tokenizer, max_length, answers)
     reports = [report]
     if has_split(data, "valid"):
-        valid, other = read_examples(data, "valid", tokenizer, max_length)
-        other.trained_on = in_both(train, valid)
+        valid, other = read_examples(data, "valid", tokenizer, max_length, answers)
+        if answers:
+            other.trained_on = in_both(train, valid)
+        else:  # the same prompt would get the same answer
+            train, other.shared = without_prompts_of(valid, train)
         reports.append(other)
     elif len(train) < 2:
         raise BadArgument(f"[train] {data} has one training row and no validation file; add rows.")
     else:
-        chosen = spread(len(train), min(MAX_HELD_OUT, max(1, len(train) // 20)))
-        valid = [train[number] for number in chosen]
-        train = [e for number, e in enumerate(train) if number not in chosen]
+        train, valid = held_out(train)
+    if not train:
+        raise BadArgument(f"[train] every prompt of {data} is held out for validation; add rows.")
     for line in (line for found in reports for line in found.lines()):
         note(line)
     if len(reports) == 1:
         note(f"no valid.jsonl: {len(valid)} training rows are held out for validation")
     return Data(train, valid, reports)
+
+
+def held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out): evenly spread over the file, and all rows of a prompt on one side."""
+    prompts = [tuple(e.tokens[: e.start]) or number for number, e in enumerate(examples)]
+    different = list(dict.fromkeys(prompts))
+    if len(different) == 1:
+        prompts = different = list(range(len(examples)))
+    rows = min(MAX_HELD_OUT, max(1, len(examples) // 20))
+    chosen = spread(len(different), max(1, rows * len(different) // len(examples)))
+    out = {different[number] for number in chosen}
+    sides: tuple[list[Example], list[Example]] = [], []
+    for prompt, example in zip(prompts, examples, strict=True):
+        sides[prompt in out].append(example)
+    return sides
+
+
+def without_prompts_of(others: list[Example], examples: list[Example]) -> tuple[list[Example], int]:
+    """The examples whose prompt none of the others has, and how many were left out."""
+    known = {tuple(e.tokens[: e.start]) for e in others}
+    kept = [e for e in examples if tuple(e.tokens[: e.start]) not in known]
+    return kept, len(examples) - len(kept)

@@ -98,7 +98,9 @@ class Trainer:
         self.base = fingerprint(seams.model) if base is None else base
         self.learner = Learner(seams.streams, list(main_lora), config.only)
         self.iteration, self.seconds, self.history, self.data = 0, 0.0, [], ""
-        self.best: dict[str, mx.array] | None = None  # with patience: of the best validation
+        self.best: dict[str, mx.array] | None = (
+            None  # of the best validation, where it is to be taken
+        )
         self.since: list[list[float]] = []  # losses of the steps since the last validation
         self.stop_requested = False
         self.health = Health(config.learning_rate)
@@ -223,7 +225,8 @@ class Trainer:
         at = {"iteration": self.iteration, "seconds": round(self.seconds, 3), "train_loss": means}
         self.history.append({**at, **found})
         self.since = []
-        if self.config.patience is not None and self._best_validation() == len(self.history) - 1:
+        keeps = self.config.patience is not None or self.config.fine_tune is None
+        if keeps and self._best_validation() == len(self.history) - 1:
             self.best = dict(tree_flatten(self.learner.trainable_parameters()))
         return self.history[-1]
 
