@@ -270,7 +270,10 @@ def test_a_run_stops_where_nothing_gets_better(base, data, tmp_path, capsys):
 
 
 def test_the_best_values_are_taken_without_patience_too(base, data, tmp_path, capsys):
-    other = {"prompt": "a5 a6", "completion": " a7 a30 a29 a28 a31 a9 a30"}  # not what is trained on
+    other = {
+        "prompt": "a5 a6",
+        "completion": " a7 a30 a29 a28 a31 a9 a30",
+    }  # not what is trained on
     write(data, "valid", [other, {**other, "prompt": "a8 a9 a5"}])
     more = ["--iters", "90", "--eval-every", "9", "--learning-rate", "0.05"]
     code, err = run(capsys, *command(base, data, tmp_path / "out", *more))

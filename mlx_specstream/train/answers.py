@@ -58,6 +58,11 @@ class SelfDistill:
                 )
 
 
+def settings_of(how: SelfDistill) -> dict[str, float | int]:
+    """What the answers depend on, besides model and prompts."""
+    return {name: value for name, value in asdict(how).items() if name != "cache"}
+
+
 def answers_folder() -> Path:
     """Where answers lie unless told otherwise: not in a streams folder, which people share."""
     return cache_folder() / "answers"
@@ -186,7 +191,7 @@ def _generate(model, tokenizer, prompts, how: SelfDistill, max_length, first) ->
 
 
 def _key(model, tokenizer, prompts, how: SelfDistill, max_length: int) -> str:
-    settings = {k: v for k, v in asdict(how).items() if k != "cache"}
+    settings = settings_of(how)
     ends = sorted(tokenizer.eos_token_ids)
     made = hashlib.sha256(json.dumps([identity(model), settings, ends, max_length]).encode())
     for prompt in prompts:

@@ -21,7 +21,7 @@ from ..model.checkpoint import fingerprint, read_description, save_streams
 from ..model.projections import embedding_of, weight_shape
 from ..model.seams import Seams, attach
 from ..model.support import ONE_MASK, check_supported
-from .answers import SelfDistill, answered, try_answering
+from .answers import SelfDistill, answered, settings_of, try_answering
 from .calibration import fit_temperatures
 from .config import TrainConfig
 from .data import Example, digest, has_split, in_both, read_examples, spread
@@ -147,6 +147,9 @@ def train_streams(
         "hidden_rms": trainer.hidden_rms,
         "data": digest(train, valid),
         "self_distilled": self_distill is not None,
+        "self_distill": None if self_distill is None else settings_of(self_distill),
+        "max_seq_length": max_length,
+        "draft_vocabulary": draft_vocabulary,
         "began_from": None
         if begin_from is None
         else ancestry(read_description(begin_from)["training"]),
