@@ -188,6 +188,12 @@ def test_each_prompt_has_draws_of_its_own_and_all_ways_the_same(monkeypatch):
     assert [how["copies"] for how in given[:3]] == [False, None, None]
 
 
+def test_rows_beyond_the_models_context_are_counted(capsys, folder, data, monkeypatch):
+    monkeypatch.setattr("mlx_specstream.cli.options.context_of", lambda model: 8)
+    assert run(folder, data) == 0
+    assert "of 5 rows are longer than the 8 tokens that the model reads" in capsys.readouterr().out
+
+
 def test_streams_that_the_main_stream_sees(folder, data, tmp_path):
     config = StreamConfig(num_streams=2, msa_layers=1, lora_rank=4, main_sees_streams=True)
     model, _ = mlx_lm.load(str(folder))

@@ -66,6 +66,11 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = options.load_model(args)
     form = args.prompt_form.replace("\\n", "\n")  # a shell hands over two characters
     questions, notes = read_questions(path, tokenizer, limit=args.limit, seed=args.seed, form=form)
+    context = options.context_of(model)
+    if longer := sum(context is not None and len(q.example.tokens) > context for q in questions):
+        notes.append(
+            f"{longer} of {len(questions)} rows are longer than the {context} tokens that the model reads"
+        )
     metrics = _metrics(args.metrics, [q.references for q in questions], notes)
     seams = _streams(args, model, trees, keywords, notes)
     ways = make_ways(model, tokenizer, keywords, trees, seams is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadArgument
 
@@ -120,8 +121,10 @@ def load_model(args: argparse.Namespace):
     return model, tokenizer
 
 
-def context_of(config: dict) -> int | None:
-    """Tokens that the model was made for, as its config says."""
+def context_of(config: Any) -> int | None:
+    """Tokens that the model was made for, as its config says; takes a model of mlx-lm's, too."""
+    if hasattr(config, "args"):
+        config = vars(config.args)
     for part in (config, config.get("text_config") or {}):
         for name in CONTEXT_NAMES:
             if isinstance(part.get(name), int):

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if args.contexts:
         check_sizes("contexts", args.contexts, least=1)
     model, tokenizer = options.load_model(args)
-    longest = options.context_of(vars(model.args) if hasattr(model, "args") else {})
+    longest = options.context_of(model)
     readable = [size for size in CONTEXTS if longest is None or size < longest] or CONTEXTS[:1]
     contexts = check_sizes("contexts", args.contexts or readable, least=1)
     seams = seams_of(model)

@@ -152,9 +152,9 @@ class Evaluation:
             self.decode_next()
             progress(self.answered, len(self.questions))
 
-    def warm_up(self, prompts: int = WARM_UP) -> None:
+    def warm_up(self, prompts: int | None = None) -> None:
         """Decode the first prompts untimed. A pass is traced when its sizes were seen 16 times."""
-        for question in self.questions[:prompts]:
+        for question in self.questions[: WARM_UP if prompts is None else prompts]:
             for way in self.ways:
                 decode(way, question.prompt.tokens, Record() if way.drafts else None)
 
