@@ -74,6 +74,7 @@ class Step:
         placement: where.
         copied: its draft is copied text alone.
         path: nodes that it accepts, the root first.
+        gamma: only the first so many streams; None: all.
     """
 
     nodes: int
@@ -81,6 +82,7 @@ class Step:
     placement: str
     copied: bool
     path: tuple[int, ...]
+    gamma: int | None = None
 
 
 # --- what the trained model's drafts were worth
@@ -128,7 +130,7 @@ def copied_paths(tokenizer, answered, size: int) -> list[tuple[int, ...]]:
 
 def planned_steps(seams: Seams, tokenizer, answered, planner: Planner, paths) -> list[Step]:
     """What a planner does while the trained model decodes; the nodes accepted are drawn from paths."""
-    record, draw, placements = Record(), random.Random(3), []
+    record, draw, plans = Record(), random.Random(3), []
     stop = tokenizer.eos_token_ids
     for prompt, answer, _ in answered:
         stores = make_prompt_cache(seams.model)
@@ -140,21 +142,20 @@ def planned_steps(seams: Seams, tokenizer, answered, planner: Planner, paths) ->
         )
         left, ended = len(answer), False
         while not ended:
+            flight = decoder._flight  # None before the prompt's own pass, which has no record
             result = decoder.step(left, stop)
             left, ended = left - len(result.tokens), result.ended
-            while len(placements) < len(record.passes):
-                nodes = record.passes[len(placements)].nodes
-                placements.append(planner.placement(nodes, decoder.buffers.offset))
+            plans += [] if flight is None else [flight.plan]
         decoder.close()
     steps, before = [], False
-    for done, placement in zip(record.passes, placements, strict=True):
+    for done, plan in zip(record.passes, plans, strict=True):
+        placement = "inline" if plan.inline else "deferred"
         copied = done.nodes > 1 and not before
         fitting = [p for p in paths.get(done.nodes, []) if len(p) == done.accepted + 1]
         if copied or not fitting:
             fitting = [tuple(range(done.accepted + 1))]
-        steps.append(
-            Step(done.nodes, done.streams, placement, copied, draw.choice(sorted(set(fitting))))
-        )
+        path = draw.choice(sorted(set(fitting)))
+        steps.append(Step(done.nodes, done.streams, placement, copied, path, plan.gamma))
         before = done.streams
     return steps
 
@@ -183,6 +184,7 @@ class Scripted(Planned):
             nodes=nodes,
             inline=step.streams and step.placement == "inline",
             streams=step.streams,
+            gamma=step.gamma,
         )
 
     def observe(self, plan, context: int, accepted: int) -> None:
@@ -229,7 +231,7 @@ def accepted_path(path: tuple[int, ...], depth: int) -> Accepted:
 
 
 def run_script(seams: Seams, planner: Planner, script: list[Step], context: int) -> list[tuple]:
-    """(context, nodes, streams, placement, seconds) of every timed step."""
+    """(context, nodes, streams, placement, gamma, seconds) of every timed step."""
     stores = make_prompt_cache(seams.model)
     seams.model(mx.arange(context)[None] % seams.vocabulary_size, cache=stores)
     mx.eval([store.state for store in stores])
@@ -243,7 +245,7 @@ def run_script(seams: Seams, planner: Planner, script: list[Step], context: int)
         decoder.step(1 << 30, ())
         took = time.perf_counter() - tic
         if steering.at > FIRST:
-            rows.append((before, step.nodes, step.streams, step.placement, took))
+            rows.append((before, step.nodes, step.streams, step.placement, step.gamma, took))
     decoder.close()
     return rows
 
@@ -268,9 +270,9 @@ def predicted(costs, rows: Iterable[tuple]) -> list[float]:
     return [
         float(
             costs.pass_at(nodes, context)
-            + (costs.streams_at(placement, nodes, context) if streams else 0.0)
+            + (costs.streams_at(placement, nodes, context, gamma) if streams else 0.0)
         )
-        for context, nodes, streams, placement, _ in rows
+        for context, nodes, streams, placement, gamma, _ in rows
     ]
 
 
@@ -288,9 +290,9 @@ def compared(costs, rounds: list[list[tuple]]) -> dict:
         "error": said / real - 1.0,
         "left_out": sum(map(len, rounds)) - len(flat),
         "steps": [
-            [context, nodes, int(streams), placement, round(1e3 * s, 3)]
+            [context, nodes, int(streams), placement, gamma, round(1e3 * s, 3)]
             for rows in rounds
-            for context, nodes, streams, placement, s in rows
+            for context, nodes, streams, placement, gamma, s in rows
         ],
     }
 
@@ -309,6 +311,11 @@ def scripts_for(planner: Planner, paths: dict, copies: dict, steps: int) -> dict
         for size in planner.sizes:
             name = f"{size} nodes, {placement}"
             found[name] = [Step(size, True, placement, False, p) for p in some(paths[size])]
+        for gamma in planner.fewer if placement == "deferred" else ():
+            for size in planner.sizes:
+                pool = [p[: gamma + 1] for p in paths[size]]
+                name = f"{size} nodes, {gamma} streams"
+                found[name] = [Step(size, True, placement, False, p, gamma) for p in some(pool)]
     for size in planner.sizes:
         if size <= COPIES + 1 and copies[size]:
             name = f"{size} nodes, copied"

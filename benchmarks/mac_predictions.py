@@ -54,6 +54,18 @@ class Guesses:
         ranks = (self._up_to <= luck[: len(self._up_to), None]).sum(axis=1)  # K: no guess is right
         return np.nonzero(((paths == ranks) | (paths < 0)).all(axis=1))[0].tolist()
 
+    def first(self, gamma: int | None) -> Guesses:
+        """Those of fewer streams."""
+        if gamma is None or gamma >= len(self.says):
+            return self
+        if gamma not in self._fewer:
+            self._fewer[gamma] = Guesses(self.says[:gamma], self.right[:gamma])
+        return self._fewer[gamma]
+
+    @cached_property
+    def _fewer(self) -> dict[int, Guesses]:
+        return {}
+
     @cached_property
     def _up_to(self) -> np.ndarray:
         return np.cumsum(self.right, axis=1)
@@ -67,6 +79,7 @@ class Step:
     nodes: int
     accepted: int
     streams: bool
+    gamma: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,8 @@ class Run:
 
 class Always:
     """The policy to compare with: every pass has the same size, and streams run behind each."""
+
+    compares = False
 
     def __init__(self, nodes: int, placement: str = "deferred"):
         self.nodes, self.placement = nodes, placement
@@ -132,12 +147,16 @@ def closed_loop(
     luck = np.random.default_rng(seed).random(tokens + 64)  # [place]
     steps: list[Step] = []
     done, cost, guesses, from_streams = 0, 0.0, copies(0), False
+    whole: Guesses | None = None  # of all streams
     while done < tokens:
         promises = None if guesses is None else guesses.nodes[1]
         at = context + done
         choice = policy.choose(promises, at, from_streams)
         ranks = guesses.accepted(choice.nodes, luck[done:]) if choice.nodes > 1 else []
         accepted = len(ranks)
+        fewer = []
+        if policy.compares and guesses is not None and from_streams:
+            fewer = [whole.first(gamma).nodes[1] for gamma in policy.fewer]
         cost += _cost(costs, choice, at)
         policy.observe(
             context=at,
@@ -147,11 +166,13 @@ def closed_loop(
             from_streams=from_streams,
             streams=choice.streams,
             ranks=ranks,
+            fewer=fewer,
         )
-        steps.append(Step(done, choice.nodes, accepted, choice.streams))
+        steps.append(Step(done, choice.nodes, accepted, choice.streams, choice.gamma))
         done += 1 + accepted
         from_streams = choice.streams
-        guesses = text(done) if choice.streams else copies(done)
+        whole = text(done) if choice.streams else None
+        guesses = whole.first(choice.gamma) if choice.streams else copies(done)
     return Run(steps, cost)
 
 
@@ -161,7 +182,7 @@ def _cost(costs: Costs, choice: Choice, context: int) -> float:
         return 1.0
     ms = costs.pass_at(choice.nodes, context)
     if choice.streams:
-        ms += costs.streams_at(choice.placement, choice.nodes, context)
+        ms += costs.streams_at(choice.placement, choice.nodes, context, choice.gamma)
     return float(ms) / costs.plain_at(context)
 
 

@@ -37,6 +37,8 @@ TUNE = {
         "inline_ms": None,
         "plain_ms": [1.0, 1.5],
         "measured": True,
+        "gammas": [1, 2],
+        "saved_ms": [[0.31, 0.12], [0.43, 0.24]],
     },
 }
 
@@ -213,6 +215,7 @@ def test_the_report_is_one_page_that_reaches_nothing(made):
     assert page.seen.count("svg") > 6
     assert "prefers-color-scheme: dark" in html
     assert "tuned-model" in html
+    assert "behind 512 tokens: 1 alone 0.43 less, 2 alone 0.24 less" in html
     assert "cost of a pass by its rows" in html
     assert "nan" not in html.replace("finance", "").lower().split()
     for table in every_table(made[0]):

@@ -111,10 +111,11 @@ def test_costs_of_the_present_context_count():
 def test_choosing_changes_nothing():
     planner = Planner(costs())
     promises = np.array([0.7, 0.5, 0.3])
-    before = copy.deepcopy(vars(planner) | {"_tables": None, "_trust": None})
+    apart = {"_tables": None, "_trust": None, "_gammas": None}
+    before = copy.deepcopy(vars(planner) | apart | vars(planner._gammas))
     choices = {planner.choose(promises, 0) for _ in range(5)}
     assert len(choices) == 1
-    after = vars(planner) | {"_tables": None, "_trust": None}
+    after = vars(planner) | apart | vars(planner._gammas)
     for name, value in before.items():
         assert np.all(value == after[name]), name
 

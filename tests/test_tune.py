@@ -133,7 +133,8 @@ def table_of(monkeypatch, milliseconds, seams, **options):
 
 def exactly(script, context, number):
     base = 10 + script.nodes + context / 10
-    return base + script.streams * (4 + script.inline * script.nodes / 2)
+    fewer = 3 - (script.gamma or 3)
+    return base + script.streams * (4 + script.inline * script.nodes / 2 - fewer)
 
 
 def approximately(table):
@@ -146,6 +147,8 @@ def test_streams_cost_what_they_add(monkeypatch):
     )
     assert list(costs.pass_ms) == approximately([(13, 14, 28, 36, 60), (17, 18, 32, 40, 64)])
     assert list(costs.deferred_ms) == approximately([(4,) * 5] * 2)
+    assert costs.gammas == (1, 2)
+    assert list(costs.saved_ms) == approximately([(2, 1)] * 2)
     # Beyond 16 nodes inline streams are not timed: they go on at the last price per row.
     assert list(costs.inline_ms) == approximately([(4.5, 5, 12, 18, 36)] * 2)
     assert costs.plain_ms == pytest.approx((13, 17))
@@ -164,16 +167,19 @@ def test_slow_moments_and_noise_do_not_count(monkeypatch):
     assert list(costs.pass_ms) == approximately([(13, 14, 20)])
     assert list(costs.deferred_ms) == approximately([(4, 4, 4)])
     assert list(costs.inline_ms) == approximately([(4.5, 5, 8)])
+    assert list(costs.saved_ms) == approximately([(2, 1)])
 
 
 def test_more_rows_never_cost_less(monkeypatch):
     def odd(script, context, number):
-        return {1: 30, 2: 20, 4: 40, 8: 35}[script.nodes] - script.streams * script.nodes
+        fewer = {None: 0, 1: -2, 2: 3}[script.gamma]  # one stream seems dearer than two
+        return {1: 30, 2: 20, 4: 40, 8: 35}[script.nodes] - script.streams * script.nodes - fewer
 
     costs = table_of(monkeypatch, odd, attached(), rows=(1, 2, 4, 8), contexts=(9,), repeats=1)
     assert list(costs.pass_ms) == approximately([(30, 30, 40, 40)])
     assert list(costs.deferred_ms) == approximately([(0,) * 4])  # streams cannot gain time
     assert list(costs.inline_ms) == approximately([(0,) * 4])
+    assert list(costs.saved_ms) == approximately([(3, 3)])  # fewer streams are never dearer
 
 
 @pytest.mark.parametrize(

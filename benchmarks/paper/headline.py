@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import statistics
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from train_all import DRAFT, HEADS, LOSSLESS, SHARED, folder_of
 from ways import BASELINE, ours, stock
 
 from mlx_specstream import load
+from mlx_specstream.decode.compiling import compiled_at_once
 from mlx_specstream.measure.bench import about_model
 from mlx_specstream.measure.evaluate import Evaluation, replayed
 from mlx_specstream.measure.quality import TITLES
@@ -52,12 +54,14 @@ class Group:
         base: as mlx-lm loaded it.
         parameters: what each row adds to the base.
         replays: models whose streams (or heads) are replayed, by row.
+        ours: models that our decoder runs.
     """
 
     evaluation: Evaluation
     base: object
     parameters: dict[str, int] = field(default_factory=dict)
     replays: dict[str, object] = field(default_factory=dict)
+    ours: list[object] = field(default_factory=list)
 
 
 def lossless_group(task: str, seed: int, args, notes: list[str]) -> Group:
@@ -101,7 +105,8 @@ def lossless_group(task: str, seed: int, args, notes: list[str]) -> Group:
     attach(model)
     group.parameters["copies"] = 0
     both("copies", model, use_streams=False, copies=True)
-    for each in [model, *group.replays.values()]:
+    group.ours = [model, *group.replays.values()]
+    for each in group.ours:
         measured(each, args)
     group.evaluation = evaluation_of(task, ways, tokenizer, args)
     return group
@@ -116,6 +121,7 @@ def shared_group(row: str, task: str, seed: int, args) -> Group | None:
     if row != "lora":
         model, _ = load(folder / "model", streams=folder)
         measured(model, args)
+        group.ours.append(model)
         group.parameters[row] = stream_parameters(folder)
         for tree in (None, study.BEST):
             key = f"{row}, {tree or PLANNED}"
@@ -170,9 +176,16 @@ def decode_all(groups: dict[str, Group], state: Path, of: str) -> None:
             for way, tokens in found[name]["said"].items():
                 evaluation.said[way, evaluation.answered] = [tokens]
             evaluation.answered += 1
-    for group in groups.values():
-        group.evaluation.warm_up(WARM_UP)
-    for index in range(len(known), len(prompts)):
+    with ExitStack() as warm:  # compiled code is to be warm when time counts
+        for group in groups.values():
+            for model in group.ours:
+                warm.enter_context(compiled_at_once(seams_of(model)))
+            group.evaluation.warm_up(WARM_UP)
+        decode_rest(groups, state, len(known), len(prompts))
+
+
+def decode_rest(groups: dict[str, Group], state: Path, first: int, last: int) -> None:
+    for index in range(first, last):
         found = {}
         for name, group in groups.items():
             evaluation = group.evaluation
@@ -182,7 +195,7 @@ def decode_all(groups: dict[str, Group], state: Path, of: str) -> None:
             found[name] = {"rows": evaluation.rows[before:], "said": said}
         with open(state, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
-        print(f"\r{index + 1}/{len(prompts)} prompts", end="", flush=True)
+        print(f"\r{index + 1}/{last} prompts", end="", flush=True)
 
 
 def measure(task: str, seed: int, args) -> dict:

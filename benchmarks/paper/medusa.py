@@ -74,9 +74,9 @@ class MedusaSeams(Seams):
             run.cut_hidden = run.last_hidden
         return logits
 
-    def run_streams(self, host_hidden, hosts, stores, prefix=None, decoding=False):
+    def run_streams(self, host_hidden, hosts, stores, prefix=None, decoding=False, gamma=None):
         """States of the heads [B, g * P, E] of hosts whose last hidden states are [B, P, E]."""
-        states = self.streams.states(self.model.model.norm(host_hidden))
+        states = self.streams.states(self.model.model.norm(host_hidden))[:, :gamma]
         return SimpleNamespace(last_hidden=states.flatten(1, 2).astype(host_hidden.dtype))
 
     def head(self, hidden):
@@ -85,8 +85,8 @@ class MedusaSeams(Seams):
         assert B * rows * self.vocabulary_size <= HEAD_ELEMENTS, "in parts, heads would be mixed up"
         if "u" not in self.streams:
             return hidden @ head_matrix(self.model).T
-        g = self.streams.config.num_streams
-        return (hidden.reshape(B, g, rows // g, E) @ self.streams.u).flatten(1, 2)
+        g = min(rows, self.streams.config.num_streams)  # of one host perhaps the first ones alone
+        return (hidden.reshape(B, g, rows // g, E) @ self.streams.u[:g]).flatten(1, 2)
 
 
 def head_matrix(model: nn.Module) -> mx.array:

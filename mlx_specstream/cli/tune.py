@@ -100,6 +100,9 @@ def show(console, costs) -> None:
         cells = [f"{line[row]:.1f}" for _, ms in kinds for line in ms]
         table.add_row(str(n), *cells)
     console.print(table)
+    for gamma, ms in zip(costs.gammas, zip(*costs.saved_ms, strict=True), strict=True):
+        saved = ", ".join(f"{x:.1f} @{c}" for x, c in zip(ms, costs.contexts, strict=True))
+        console.print(f"{gamma} deferred streams alone save {saved}")
     line, plain = costs.pass_ms[0], costs.plain_ms[0]
     console.print(f"a pass behind {costs.contexts[0]} tokens costs, in plain tokens:")
     for n, ms in zip(costs.rows, line, strict=True):

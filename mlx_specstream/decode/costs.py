@@ -46,6 +46,8 @@ class Costs:
         inline_ms: the same for inline streams; None: not measured.
         plain_ms: one token of plain decoding [context].
         measured: False for a curve that was not measured on this machine.
+        gammas: numbers of streams, ascending, that may run instead of all, where they are deferred.
+        saved_ms: what a step saves with so few [context][gammas]; it falls as they become more.
 
     Raises:
         BadArgument: a value breaks its rule.
@@ -58,6 +60,8 @@ class Costs:
     inline_ms: tuple[tuple[float, ...], ...] | None
     plain_ms: tuple[float, ...]
     measured: bool
+    gammas: tuple[int, ...] = ()
+    saved_ms: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         for name, least in (("rows", 1), ("contexts", 0)):
@@ -77,17 +81,33 @@ class Costs:
         object.__setattr__(self, "plain_ms", plain)
         if not isinstance(self.measured, bool):
             _refuse("measured", "be true or false", self.measured)
+        if self.gammas != () and self.gammas != []:
+            object.__setattr__(self, "gammas", _ascending("gammas", self.gammas, 1))
+        known, count = len(self.contexts) if self.gammas else 0, len(self.gammas)
+        if not isinstance(self.saved_ms, list | tuple) or len(self.saved_ms) != known:
+            _refuse("saved_ms", f"hold one list for each of {known} contexts", self.saved_ms)
+        saved = tuple(_numbers("saved_ms", line, count, -math.inf) for line in self.saved_ms)
+        object.__setattr__(self, "gammas", tuple(self.gammas))
+        object.__setattr__(self, "saved_ms", saved)
 
     def pass_at(self, nodes, context: int):
         """A pass over ``nodes`` (int, or an array of them) behind ``context`` tokens, in ms."""
         return self._read(self.pass_ms, nodes, context)
 
-    def streams_at(self, placement: str, nodes, context: int):
-        """What streams add to such a pass in a placement, in ms, never below 0; inf: unknown."""
+    def streams_at(self, placement: str, nodes, context: int, gamma: int | None = None):
+        """What streams add to such a pass in a placement, in ms, never below 0; inf: unknown.
+
+        Args:
+            gamma: only so many of them, one of ``gammas``; None: all.
+        """
         table = self.deferred_ms if placement == "deferred" else self.inline_ms
-        if table is None:
+        if table is None or (gamma and placement != "deferred"):
             return np.full(np.shape(nodes), np.inf)[()]
-        return np.maximum(self._read(table, nodes, context), 0.0)
+        ms = self._read(table, nodes, context)
+        if gamma:
+            saved = [line[self.gammas.index(gamma)] for line in self.saved_ms]
+            ms = ms - _line(context, self.contexts, saved)
+        return np.maximum(ms, 0.0)
 
     def plain_at(self, context: int) -> float:
         """A token of plain decoding behind ``context`` tokens, in ms."""
@@ -117,6 +137,11 @@ class Costs:
         if share > 1.0:  # beyond the last context
             return lines[above] + np.maximum(rise, 0.0) * (share - 1.0)
         return lines[above - 1] + rise * share
+
+
+def gammas_below(streams: int) -> tuple[int, ...]:
+    """How many of so many streams may run instead of all: about a third and two thirds of them."""
+    return tuple(sorted({-(-streams // 3), -(-2 * streams // 3)} - {streams, 0}))
 
 
 def default_costs(
@@ -175,6 +200,8 @@ def modelled_costs(
     share = (1.0 - head_share) * msa_layers / layers
     after = head_share * float(_line(streams, rows, curve)) + GUESSES
     deferred = share * float(_line(streams, rows, curve)) + launch + after
+    fewer = gammas_below(streams)
+    dearer = _line(streams, rows, curve) - np.asarray([_line(g, rows, curve) for g in fewer])
     n = np.asarray(rows, dtype=np.float64)
     inline = share * (_line((1 + streams) * n, rows, curve) - curve) + after
     return Costs(
@@ -185,6 +212,8 @@ def modelled_costs(
         inline_ms=(tuple(inline.tolist()),),
         plain_ms=(1.0,),
         measured=False,
+        gammas=fewer,
+        saved_ms=(tuple((dearer * (share + head_share)).tolist()),) if fewer else (),
     )
 
 

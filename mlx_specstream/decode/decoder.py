@@ -259,7 +259,8 @@ class Decoder:
             return run
 
         threshold = shape.prune is not None and shape.prune.threshold is not None
-        key = "pass", shape, base_of, guesses is not None, text is not None
+        drafting = 0 if guesses is None else guesses.tokens.shape[0]
+        key = "pass", shape, base_of, drafting, text is not None
         cold = self.place == 0 and key not in self.buckets  # the first token waits for no trace
         run = make() if cold or threshold else self.buckets.get(key, make, self._compiled)
         tree, logits, hidden, kept, fresh, accepted, keys, values = run(
@@ -379,7 +380,7 @@ class Decoder:
         In one go, so that a compiled step has two halves: this and the pass.
         """
         seams, buffers, shape, verified = self.seams, self.buffers, flight.shape, flight.verified
-        count, base_of = len(path), self.buffers.base_of
+        count, base_of, gamma = len(path), self.buffers.base_of, flight.plan.gamma
         in_place = path == list(range(count)) and shape.prune is None
         if in_place and not streams:
             self._advance(count)
@@ -396,7 +397,8 @@ class Decoder:
                     commit(fresh, kept, seams.cut, path, offset, bases, keys, values)
                 drafts = []
                 if streams:
-                    said = stream_logits(seams, shape, hidden, root, after, bases, keys, values)
+                    where = root, after, bases, keys, values
+                    said = stream_logits(seams, shape, hidden, *where, gamma)
                     drafts = list(guesses_of(seams, said, greedy, K, 0) if greedy else said)
                 return [drafts, keys, values]
 
@@ -404,7 +406,7 @@ class Decoder:
 
         kind = (
             "streams" if in_place else "commit and streams" if streams else "commit",
-            shape.inline, shape.lengths, base_of, K, greedy is None,
+            shape.inline, shape.lengths, base_of, K, greedy is None, gamma if streams else None,
         )  # fmt: skip
         threshold = shape.prune is not None and shape.prune.threshold is not None
         run = make() if threshold else self.buckets.get(kind, make, self._compiled)

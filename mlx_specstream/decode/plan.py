@@ -45,10 +45,12 @@ class NextPass:
         inline: streams ride along with them.
         streams: streams are to draft the pass after it.
         prune: early-exit pruning, or None.
+        gamma: only the first so many streams (deferred ones); None: all.
         promises: how likely each candidate node was thought to be accepted.
         from_streams: the draft came from streams (and copies, perhaps), not from copies alone.
         copied: what the copied text's nodes alone promised.
         unseen: the draft, where it was planned without a look at its probabilities.
+        compared: the draft, where the planner compares it with those of fewer streams.
     """
 
     tree: TreeShape
@@ -56,10 +58,12 @@ class NextPass:
     inline: bool
     streams: bool
     prune: PruneRule | None = None
+    gamma: int | None = None
     promises: Promises | None = None
     from_streams: bool = False
     copied: np.ndarray | None = None
     unseen: tuple[Guesses, CopiedText | None] | None = None
+    compared: tuple[Guesses, CopiedText | None] | None = None
 
 
 class Steering(Protocol):
@@ -133,10 +137,12 @@ class Planned:
             nodes,
             self.inline or (choice.placement == "inline" and choice.streams),
             choice.streams,
+            gamma=choice.gamma,
             promises=promises,
             from_streams=drafted,
             copied=copied,
             unseen=unseen,
+            compared=(guesses, text) if drafted and self.planner.compares else None,
         )
 
     def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
@@ -161,7 +167,14 @@ class Planned:
             streams=plan.streams,
             copied=copied,
             ranks=None if promises is None else promises.ranks(accepted),
+            fewer=() if plan.compared is None else self._with_fewer(*plan.compared),
         )
+
+    def _with_fewer(self, guesses: Guesses, text: CopiedText | None) -> list[np.ndarray]:
+        """What the draft would have promised with fewer streams."""
+        first = [np.array(a) for a in guesses]
+        drafts = [Guesses(*(a[:gamma] for a in first)) for gamma in self.planner.fewer]
+        return [Promises.of(d, text, self._largest).probabilities for d in drafts]
 
     @property
     def _largest(self) -> TreeShape:

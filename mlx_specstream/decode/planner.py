@@ -1,4 +1,4 @@
-"""planner: how many nodes the next pass verifies, and whether streams run behind it.
+"""planner: how many nodes the next pass verifies, and whether (and how many) streams run behind it.
 
 Plain decoding is one of the plans. A draft's nodes say how likely they are to be accepted; how far
 that is to be believed is learned from what was accepted. With that, the sizes are weighed by the
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import BadArgument
 from .costs import Costs
+from .gammas import Gammas
 from .trust import TrustBySize
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
@@ -51,11 +52,13 @@ class Choice:
             token. May be one more than the draft has: then the draft is padded, or fed as it is.
         streams: run streams behind the pass, to draft the next one.
         placement: ``"deferred"`` or ``"inline"``: where they run.
+        gamma: only the first so many of them; None: all.
     """
 
     nodes: int
     streams: bool
     placement: str
+    gamma: int | None = None
 
 
 class Planner:
@@ -101,8 +104,10 @@ class Planner:
         self.sizes = self._shortlist(sizes)
         self._rows = np.array((1, *self.sizes))
         self._place = {int(n): i for i, n in enumerate(self._rows)}
-        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._tables: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         sizes = self._rows.tolist()
+        few = costs.gammas if streams and "deferred" in known else ()
+        self._gammas = Gammas(tuple(n for n in few if n < streams), len(sizes))
         self._trust = {  # by from_streams
             True: TrustBySize(MEMORY, sizes),
             False: TrustBySize(RETURN, sizes),
@@ -133,8 +138,7 @@ class Planner:
         size = 0
         if probabilities is not None and len(probabilities):
             size = self._best_size(probabilities, context, from_streams, streams)
-        nodes = int(self._rows[size])
-        return Choice(nodes, streams, self.placement(nodes, context))
+        return self._chosen(int(self._rows[size]), streams, context)
 
     def choose_unseen(self, context: int) -> Choice | None:
         """The plan of the pass that comes now, whatever the streams drafted. Changes nothing.
@@ -144,6 +148,8 @@ class Planner:
         """
         if self._state != "on" or len(self._drafts) < DRAFTS or not self.wants_streams(context):
             return None
+        if self.compares:
+            return None
         passes, behind = self._at(context)
         cost = passes + behind
         value = self._believed(self._drafts, True) - self._price * cost  # [drafts, sizes + 1]
@@ -151,8 +157,7 @@ class Planner:
         lost = float((value.max(axis=1) - value[:, usual]).mean())
         if not usual or lost > LOOK or cost[usual] - 1.0 > self._balance:
             return None
-        nodes = int(self._rows[usual])
-        return Choice(nodes, True, self.placement(nodes, context))
+        return self._chosen(int(self._rows[usual]), True, context)
 
     def wants_streams(self, context: int) -> bool:
         """Should streams run behind the pass that comes now? Changes nothing."""
@@ -162,10 +167,24 @@ class Planner:
         # The loan must last for drafting and for verifying the least of the draft.
         return bool(self._balance >= (passes[0] + streams[0] - 1.0) + (passes[1] - 1.0))
 
-    def placement(self, nodes: int, context: int) -> str:
+    def placement(self, nodes: int, context: int, gamma: int | None = None) -> str:
         """The cheaper legal placement of streams behind a pass."""
-        at = [float(self.costs.streams_at(p, nodes, context)) for p in self.placements]
+        at = [float(self.costs.streams_at(p, nodes, context, gamma)) for p in self.placements]
         return self.placements[int(np.argmin(at))] if at else "deferred"
+
+    @property
+    def fewer(self) -> tuple[int, ...]:
+        """Numbers of streams that may draft instead of all."""
+        return self._gammas.options[:-1]
+
+    @property
+    def compares(self) -> bool:
+        """``observe`` wants to know of the draft at hand what ``fewer`` streams would have promised."""
+        return self._gammas.compares
+
+    def _chosen(self, nodes: int, streams: bool, context: int) -> Choice:
+        gamma = self._gammas.now if streams else None
+        return Choice(nodes, streams, self.placement(nodes, context, gamma), gamma)
 
     # -- after a pass
 
@@ -180,6 +199,7 @@ class Planner:
         streams: bool = False,
         copied: np.ndarray | None = None,
         ranks: Sequence[int] | None = None,
+        fewer: Sequence[np.ndarray] = (),
     ) -> None:
         """What a pass did; call it after every one, plain tokens too.
 
@@ -193,6 +213,8 @@ class Planner:
             copied: where copied text is part of a draft of streams, what its nodes alone promised,
                 float [c], descending.
             ranks: places of the accepted nodes in ``probabilities``; None: the first ones.
+            fewer: what the draft would have promised with each of ``self.fewer`` streams, as
+                ``probabilities``; (): not compared.
         """
         spent = self.account(context=context, nodes=nodes, accepted=accepted, streams=streams)
         passes, behind = self._at(context)
@@ -208,6 +230,9 @@ class Planner:
             self._size = self._place.get(nodes, self._size)
         if drafted:
             self._drafts = self._appended(self._drafts, promises)
+        if drafted and len(fewer):
+            self._gammas.add(np.stack([self._sums(p) for p in (*fewer, promises)]))
+            passes, behind = self._settle_gamma(context)
         if self.copies:
             alone = copied if from_streams else promises
             self._copied = self._appended(self._copied, np.zeros(0) if alone is None else alone)
@@ -220,6 +245,8 @@ class Planner:
             What the pass cost, in plain tokens.
         """
         spent, tokens = self._spent(nodes, streams, context), 1 + accepted
+        if streams:
+            self._gammas.ran()
         self._balance = min(SAVINGS, self._balance + SHARE * tokens + tokens - spent)
         self._wait -= tokens
         if self.copies:
@@ -254,6 +281,16 @@ class Planner:
             if self._price <= copies:
                 self._price = copies
                 self._rest()
+
+    def _settle_gamma(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """As many streams as are worth most for recent drafts; what ``_at`` says from then on."""
+        speeds = []
+        for option, gamma in enumerate(self._gammas.options):
+            tokens = self._believed(self._gammas.of(option), True)
+            speeds.append(_rate(tokens, sum(self._with(gamma, context))))
+        if self._gammas.settle(speeds):
+            self._drafts = self._gammas.of(self._gammas.options.index(self._gammas.usual))
+        return self._at(context)
 
     def _rest(self) -> None:
         self._state = "off"
@@ -313,11 +350,12 @@ class Planner:
         """What a step cost, in plain tokens."""
         if nodes == 1 and not streams:
             return 1.0
+        gamma = self._gammas.now
         if (size := self._place.get(nodes)) is not None:
-            passes, behind = self._at(context)
+            passes, behind = self._with(gamma, context)
             return float(passes[size] + (behind[size] if streams else 0.0))
         cost = self.costs.pass_at(nodes, context)
-        cost += self._streams_cost(nodes, context) if streams else 0.0
+        cost += self._streams_cost(nodes, context, gamma) if streams else 0.0
         return float(cost) / self.costs.plain_at(context)
 
     def _can_pay(self) -> bool:
@@ -325,24 +363,30 @@ class Planner:
         depth = np.arange(1, self.streams + 1)
         promises = CEILING**depth
         return bool(self.streams) and any(
-            _rate(1.0 + self._sums(promises)[None], sum(self._at(context))) > 1.0
+            _rate(1.0 + self._sums(promises[:gamma])[None], sum(self._with(gamma, context))) > 1.0
             for context in self.costs.contexts
+            for gamma in self._gammas.options
         )
 
     def _at(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Passes of each size of _rows and the streams behind them, in plain tokens."""
+        """Passes of each size of _rows and the usual streams behind them, in plain tokens."""
+        return self._with(self._gammas.usual, context)
+
+    def _with(self, gamma: int | None, context: int) -> tuple[np.ndarray, np.ndarray]:
         step = context // CONTEXT_STEP
-        if step not in self._tables:
+        if (step, gamma) not in self._tables:
             at, plain = step * CONTEXT_STEP, self.costs.plain_at(step * CONTEXT_STEP)
             passes = self.costs.pass_at(self._rows, at) / plain
-            self._tables[step] = passes, self._streams_cost(self._rows, at) / plain
-        return self._tables[step]
+            behind = self._streams_cost(self._rows, at, gamma) / plain
+            self._tables[step, gamma] = passes, behind
+        return self._tables[step, gamma]
 
-    def _streams_cost(self, nodes, context: int):
+    def _streams_cost(self, nodes, context: int, gamma: int | None = None):
         """The cheaper placement, ms; 0 where there are no streams."""
         if not self.streams:
             return np.zeros(np.shape(nodes))[()]
-        return np.min([self.costs.streams_at(p, nodes, context) for p in self.placements], axis=0)
+        at = [self.costs.streams_at(p, nodes, context, gamma) for p in self.placements]
+        return np.min(at, axis=0)
 
     def _shortlist(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """At most MOST_SIZES of ``sizes``: those that lose least over a range of typical drafts."""

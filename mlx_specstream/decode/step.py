@@ -218,6 +218,7 @@ def stream_logits(
     bases: list,
     keys: list[mx.array],
     values: list[mx.array],
+    gamma: int | None = None,
 ) -> Said:
     """What the streams of the accepted node say.
 
@@ -228,10 +229,12 @@ def stream_logits(
         hidden: ``Verified.of_node`` of the accepted node.
         root: the token chosen there, int32 [].
         offset: position of the next root, one behind the accepted node, int32 [].
+        gamma: only the first so many deferred streams; None: all.
     """
     if not shape.inline:
         stores = _stores(offset, bases, shape.lengths, keys, values)
-        run = seams.run_streams(hidden, (offset - 1).reshape(1, 1), stores, decoding=True)
+        host = (offset - 1).reshape(1, 1)
+        run = seams.run_streams(hidden, host, stores, decoding=True, gamma=gamma)
         _hand_over(stores, keys, values)
         hidden = run.last_hidden
     if seams.streams.config.condition_rank:
@@ -243,7 +246,7 @@ def guesses_of(seams: Seams, said: Said, chooser, count: int, place: int) -> Gue
     """The ``count`` likeliest tokens of each stream for the places from ``place`` on."""
     logits, change, heat = said.logits, None, seams.streams.temperatures
     if heat is not None:
-        heat = mx.array(heat)[:, None]  # [g, 1]
+        heat = mx.array(heat)[: len(logits), None]  # [g, 1]
         logits = logits / heat
     if seams.streams.config.condition_rank:
         count = min(max(count, WIDE), logits.shape[-1])

@@ -19,7 +19,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from ..decode.choose import Greedy
 from ..decode.compiling import compiled_at_once
-from ..decode.costs import Costs
+from ..decode.costs import Costs, gammas_below
 from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
 from ..decode.plan import NextPass
@@ -36,6 +36,7 @@ WARM_ROUNDS = 1  # in the first round passes are traced and compiled
 # another size.
 SETTLING = 2
 TIMED = 3  # steps
+FEWER = slice(1, 4)  # of the sizes: where a step with fewer streams is timed
 
 
 def check_sizes(name: str, sizes, least: int) -> tuple[int, ...]:
@@ -54,6 +55,7 @@ class _Script:
     nodes: int
     streams: bool
     inline: bool
+    gamma: int | None = None
 
     def candidates(self, vocabulary: int) -> int:
         return min(15, vocabulary)
@@ -61,7 +63,7 @@ class _Script:
     def next_pass(self, guesses, text, context: int) -> NextPass:
         tree = TreeShape("best", max(2, self.nodes))
         nodes = 1 if guesses is None else self.nodes
-        return NextPass(tree, nodes, self.inline, self.streams)
+        return NextPass(tree, nodes, self.inline, self.streams, gamma=self.gamma)
 
     def observe(self, plan, context, accepted) -> None:
         pass
@@ -120,9 +122,12 @@ def measure_costs(
     """
     has_streams = seams.streams is not None
     deferrable = has_streams and not seams.streams.config.main_sees_streams
+    few: tuple[int, ...] = ()
     kinds = [_Script(n, False, False) for n in rows]
     if deferrable:
         kinds += [_Script(n, True, False) for n in rows]
+        few = gammas_below(seams.streams.config.num_streams)
+        kinds += [_Script(n, True, False, gamma) for n in rows[FEWER] for gamma in few]
     if has_streams and (inline or not deferrable):
         kinds += [_Script(n, True, True) for n in rows if n <= 16]
     total, done = len(contexts) * (repeats + WARM_ROUNDS), count(1)
@@ -146,6 +151,16 @@ def measure_costs(
         last = len(added) - 1  # beyond what was timed: at the last one's price per row
         return (*added, *(added[last] * n / rows[last] for n in rows[last + 1 :]))
 
+    def saved(times: dict[_Script, float]) -> tuple[float, ...]:
+        """What fewer streams save, which is never less the fewer they are."""
+        alike = rows[FEWER]
+        found = [
+            np.median([times[_Script(n, True, False)] - times[_Script(n, True, False, gamma)]
+                       for n in alike])
+            for gamma in few
+        ]  # fmt: skip
+        return tuple(np.maximum.accumulate(np.maximum(found, 0.0)[::-1])[::-1].tolist())
+
     # More rows never cost less: where they seem to, it is noise.
     passes = tuple(
         tuple(np.maximum.accumulate([times[_Script(n, False, False)] for n in rows]).tolist())
@@ -164,6 +179,8 @@ def measure_costs(
         inline_ms=inlined,
         plain_ms=tuple(line[0] for line in passes),
         measured=True,
+        gammas=few,
+        saved_ms=tuple(saved(times) for times in tables) if few else (),
     )
 
 

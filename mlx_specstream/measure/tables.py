@@ -183,6 +183,10 @@ def tuned(tune: dict[str, Any]) -> Table:
         line = f"behind {context} tokens: a plain token {plain:.2f}"
         constant = any(deferred) and len(set(deferred)) == 1
         notes.append(f"{line}, deferred streams {deferred[0]:.2f}" if constant else line)
+    for context, saved in zip(costs["contexts"], costs["saved_ms"], strict=False):
+        each = zip(costs["gammas"], saved, strict=True)
+        said = ", ".join(f"{gamma} alone {ms:.2f} less" for gamma, ms in each)
+        notes.append(f"of deferred streams behind {context} tokens: {said}")
     title = f"Costs that tune measured for {tune['model']}, ms @ tokens before the pass"
     return Table(title, columns, rows, notes)
 

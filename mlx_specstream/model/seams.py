@@ -268,6 +268,7 @@ class Seams:
         stores: list,
         prefix: int | None = None,
         decoding: bool = False,
+        gamma: int | None = None,
     ) -> Pass:
         """Run only the streams of some hosts through the MSA layers (deferred placement).
 
@@ -277,6 +278,7 @@ class Seams:
             stores: where the K/V of the main rows lie.
             prefix: as in ``stream_rows``.
             decoding: of ``Pass``.
+            gamma: only the first so many streams, which do not see those behind them; None: all.
 
         Returns:
             The pass; its ``last_hidden`` is [B, g * P, E], stream-major.
@@ -284,11 +286,11 @@ class Seams:
         config = self.streams.config
         rows = stream_rows(
             hosts=hosts,
-            num_streams=config.num_streams,
+            num_streams=gamma or config.num_streams,
             at_host=config.stream_position == "t",
             prefix=prefix,
         )
-        enters = self.streams.begin(host_hidden)
+        enters = self.streams.begin(host_hidden, gamma)
         run = Pass(rows, first=self.cut, enters=enters, take=slice(0, 1), decoding=decoding)
         self.forward(run, stores=stores)
         return run

@@ -115,17 +115,17 @@ class Streams(nn.Module):
     def config(self) -> StreamConfig:
         return self._config
 
-    def begin(self, hidden: mx.array) -> mx.array:
-        """Eq. 3. hidden M^{N-Ns} [B, n, E] -> streams [B, g * n, E], stream-major.
+    def begin(self, hidden: mx.array, gamma: int | None = None) -> mx.array:
+        """Eq. 3. hidden M^{N-Ns} [B, n, E] -> the first ``gamma`` streams [B, g * n, E], stream-major.
 
         ``f`` is the identity, or the identity plus a rank-eta map that starts at zero.
         """
         B, n, E = hidden.shape
-        g = self._config.num_streams
+        g = gamma or self._config.num_streams
         start = hidden + self.init(hidden) if self._config.init_rank else hidden
         start = mx.broadcast_to(start[:, None], (B, g, n, E))
         if not self._config.value_rotation:
-            start = start + self.embeddings[None, :, None]
+            start = start + self.embeddings[None, :g, None]
         return start.reshape(B, g * n, E).astype(hidden.dtype)
 
     def lora_update(
