@@ -136,17 +136,17 @@ def planned_steps(seams: Seams, tokenizer, answered, planner: Planner, paths) ->
         stores = make_prompt_cache(seams.model)
         seams.model(mx.array([prompt[:-1]]), cache=stores)
         copier = Copier(tokenizer, prompt, longest=COPIES)
-        steering = Planned(planner)
+        steering, asked = Planned(planner), []
+        steering.next_pass = noting(steering.next_pass, asked)
         decoder = Decoder(
             seams, stores, prompt[-1:], Greedy(), steering, copier=copier, record=record
         )
         left, ended = len(answer), False
         while not ended:
-            flight = decoder._flight  # None before the prompt's own pass, which has no record
             result = decoder.step(left, stop)
             left, ended = left - len(result.tokens), result.ended
-            plans += [] if flight is None else [flight.plan]
         decoder.close()
+        plans += asked[1:]  # behind the prompt's own pass, as in the record
     steps, before = [], False
     for done, plan in zip(record.passes, plans, strict=True):
         placement = "inline" if plan.inline else "deferred"
@@ -158,6 +158,10 @@ def planned_steps(seams: Seams, tokenizer, answered, planner: Planner, paths) ->
         steps.append(Step(done.nodes, done.streams, placement, copied, path, plan.gamma))
         before = done.streams
     return steps
+
+
+def noting(call, results: list):
+    return lambda *given: results.append(call(*given)) or results[-1]
 
 
 # --- the loop that is timed
