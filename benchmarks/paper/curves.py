@@ -15,6 +15,7 @@ others published for Apple chips. Everything can be killed and goes on.
 import study  # first: it finds a fast BLAS  # isort: skip
 import argparse
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -70,11 +71,11 @@ COSTS = {
 RESULT = "curves.json"
 
 
-def points() -> dict[str, dict]:
-    """Every different point once: its name -> flags."""
+def points(curves: Iterable[str] = CURVES) -> dict[str, dict]:
+    """Every different point of some curves once: its name -> flags."""
     found = {}
-    for choices in CURVES.values():
-        for change in choices.values():
+    for curve in curves:
+        for change in CURVES[curve].values():
             found.setdefault(point_of(change), {**DEFAULT, **change})
     return found
 
@@ -96,7 +97,8 @@ def run_of(point: str, flags: dict, task: str, args) -> Run:
 
 
 def train(args) -> None:
-    runs = [run_of(p, flags, task, args) for task in args.tasks for p, flags in points().items()]
+    every = points(args.curves)
+    runs = [run_of(p, flags, task, args) for task in args.tasks for p, flags in every.items()]
     study.finish(runs, args.dry_run)
 
 
@@ -253,6 +255,7 @@ def main():
     begin = commands.add_parser("train")
     study.add_places(begin)
     begin.add_argument("--iters", type=int, required=True, help="steps of every point")
+    begin.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES))
     begin.add_argument("--dry-run", action="store_true")
     begin.set_defaults(run=train)
     look = commands.add_parser("measure")
