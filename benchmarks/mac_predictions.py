@@ -106,13 +106,14 @@ class Run:
 class Always:
     """The policy to compare with: every pass has the same size, and streams run behind each."""
 
-    compares = False
-
     def __init__(self, nodes: int, placement: str = "deferred"):
         self.nodes, self.placement = nodes, placement
 
     def choose(self, probabilities, context: int, from_streams: bool = True) -> Choice:
         return Choice(1 if probabilities is None else self.nodes, True, self.placement)
+
+    def compares(self, gamma: int) -> bool:
+        return False
 
     def observe(self, **done) -> None:
         pass
@@ -147,7 +148,6 @@ def closed_loop(
     luck = np.random.default_rng(seed).random(tokens + 64)  # [place]
     steps: list[Step] = []
     done, cost, guesses, from_streams = 0, 0.0, copies(0), False
-    whole: Guesses | None = None  # of all streams
     while done < tokens:
         promises = None if guesses is None else guesses.nodes[1]
         at = context + done
@@ -155,8 +155,8 @@ def closed_loop(
         ranks = guesses.accepted(choice.nodes, luck[done:]) if choice.nodes > 1 else []
         accepted = len(ranks)
         fewer = []
-        if policy.compares and guesses is not None and from_streams:
-            fewer = [whole.first(gamma).nodes[1] for gamma in policy.fewer]
+        if guesses is not None and from_streams and policy.compares(len(guesses.says)):
+            fewer = [guesses.first(gamma).nodes[1] for gamma in policy.fewer]
         cost += _cost(costs, choice, at)
         policy.observe(
             context=at,
@@ -166,13 +166,13 @@ def closed_loop(
             from_streams=from_streams,
             streams=choice.streams,
             ranks=ranks,
+            gamma=choice.gamma,
             fewer=fewer,
         )
         steps.append(Step(done, choice.nodes, accepted, choice.streams, choice.gamma))
         done += 1 + accepted
         from_streams = choice.streams
-        whole = text(done) if choice.streams else None
-        guesses = whole.first(choice.gamma) if choice.streams else copies(done)
+        guesses = text(done).first(choice.gamma) if choice.streams else copies(done)
     return Run(steps, cost)
 
 

@@ -99,6 +99,10 @@ def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder, monkeypatch):
     assert mark_of(seams).is_file()
     assert {"pass", "streams", "commit and streams"} <= {key[0] for key in used}
     assert {key[-1] for key in used if key[0] == "pass"} == {True, False}
+    for greedy in (True, False):  # all streams and fewer of them
+        gammas = {key[-1] for key in used if "streams" in key[0] and key[-2] != greedy}
+        assert gammas == {None, 1, 2}
+    assert {key[-2] for key in used if key[0] == "pass"} == {0, 1, 2, 3}
     assert len(folder) >= len(set(used)) > 5
 
 

@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -109,15 +110,22 @@ def test_costs_of_the_present_context_count():
 
 
 def test_choosing_changes_nothing():
-    planner = Planner(costs())
+    planner = Planner(replace(costs(), gammas=(1, 3), saved_ms=((1.0, 0.5),)))
     promises = np.array([0.7, 0.5, 0.3])
+    for _ in range(20):
+        planner.observe(
+            context=0, nodes=4, probabilities=promises, accepted=2, streams=True,
+            fewer=[promises[:1], promises] if planner.compares(4) else (),
+        )  # fmt: skip
     apart = {"_tables": None, "_trust": None, "_gammas": None}
-    before = copy.deepcopy(vars(planner) | apart | vars(planner._gammas))
-    choices = {planner.choose(promises, 0) for _ in range(5)}
-    assert len(choices) == 1
-    after = vars(planner) | apart | vars(planner._gammas)
-    for name, value in before.items():
-        assert np.all(value == after[name]), name
+    before = copy.deepcopy([vars(planner) | apart, vars(planner._gammas)])
+    assert len({planner.choose(promises, 0) for _ in range(5)}) == 1
+    assert len({planner.choose_unseen(0) for _ in range(5)}) == 1
+    assert planner.choose_unseen(0) is not None
+    planner.compares(4)
+    for was, now in zip(before, [vars(planner) | apart, vars(planner._gammas)], strict=True):
+        for name, value in was.items():
+            assert np.all(value == now[name]), name
 
 
 def test_the_same_text_is_decoded_in_the_same_way():
@@ -200,7 +208,10 @@ def test_a_trial_verifies_its_draft_however_often_trials_failed():
     assert all(step.nodes > 1 and not step.streams for step in trials)
 
 
-@pytest.mark.parametrize("table", [costs(STEEP, 1.0), costs(STEEP, 0.2), costs(FLAT, 1.0)])
+DEAR = replace(costs(FLAT, 3.0), gammas=(1, 2), saved_ms=((28.0, 20.0),))
+
+
+@pytest.mark.parametrize("table", [costs(STEEP, 1.0), costs(STEEP, 0.2), costs(FLAT, 1.0), DEAR])
 def test_a_text_made_to_mislead_costs_no_more_than_the_loan(table):
     """Right whenever it is tried, wrong as soon as it is trusted."""
     planner = Planner(table)
@@ -214,7 +225,7 @@ def test_a_text_made_to_mislead_costs_no_more_than_the_loan(table):
     done, spent = 0, 0.0
     for step in run.steps:
         done += 1 + step.accepted
-        spent += mac._cost(table, Choice(step.nodes, step.streams, "deferred"), 0)
+        spent += mac._cost(table, Choice(step.nodes, step.streams, "deferred", step.gamma), 0)
         lost.append(spent - done - SHARE * done)
     assert max(lost) <= LOAN + 1e-6
     assert sum(step.streams for step in run.steps) > 10

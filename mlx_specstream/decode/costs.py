@@ -47,7 +47,8 @@ class Costs:
         plain_ms: one token of plain decoding [context].
         measured: False for a curve that was not measured on this machine.
         gammas: numbers of streams, ascending, that may run instead of all, where they are deferred.
-        saved_ms: what a step saves with so few [context][gammas]; it falls as they become more.
+        saved_ms: what a step saves with so few [context][gammas], beyond the last context what it
+            saves there.
 
     Raises:
         BadArgument: a value breaks its rule.
@@ -106,7 +107,7 @@ class Costs:
         ms = self._read(table, nodes, context)
         if gamma:
             saved = [line[self.gammas.index(gamma)] for line in self.saved_ms]
-            ms = ms - _line(context, self.contexts, saved)
+            ms = ms - np.interp(context, self.contexts, saved)  # noise is not to be drawn out
         return np.maximum(ms, 0.0)
 
     def plain_at(self, context: int) -> float:
@@ -120,6 +121,8 @@ class Costs:
     def from_json(cls, data: dict[str, Any]) -> Costs:
         """Strict: raises BadArgument for a missing or unknown key too."""
         known = {f.name for f in fields(cls)}
+        if isinstance(data, dict):  # a profile from before fewer streams were timed
+            data = {"gammas": (), "saved_ms": (), **data}
         if not isinstance(data, dict) or set(data) != known:
             got = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
             raise BadArgument(f"[Costs] keys must be exactly {sorted(known)}; got {got}.")

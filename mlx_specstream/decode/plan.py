@@ -28,11 +28,13 @@ class Plan:
         placement: ``"inline"`` (streams ride along with every kept node, as in the paper) or
             ``"deferred"`` (after verification the accepted node's streams run alone).
         prune: early-exit pruning before the MSA layers, or None.
+        gamma: only the first so many streams draft (deferred ones); None: all.
     """
 
     tree: TreeShape
     placement: str
     prune: PruneRule | None = None
+    gamma: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Fixed:
         if tree.kind == "best":
             nodes = min(nodes, tree.size)
         inline = self.plan.placement == "inline" and self.streams
-        return NextPass(tree, nodes, inline, self.streams, self.plan.prune)
+        return NextPass(tree, nodes, inline, self.streams, self.plan.prune, self.plan.gamma)
 
     def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
         pass
@@ -122,7 +124,8 @@ class Planned:
 
     def next_pass(self, guesses, text, context: int) -> NextPass:
         drafted = guesses is not None
-        choice = self.planner.choose_unseen(context) if drafted else None
+        compares = drafted and self.planner.compares(guesses.tokens.shape[0])
+        choice = self.planner.choose_unseen(context) if drafted and not compares else None
         unseen = promises = copied = None
         if choice is not None:
             unseen = guesses, text
@@ -142,7 +145,7 @@ class Planned:
             from_streams=drafted,
             copied=copied,
             unseen=unseen,
-            compared=(guesses, text) if drafted and self.planner.compares else None,
+            compared=(guesses, text) if compares else None,
         )
 
     def observe(self, plan: NextPass, context: int, accepted: list[int]) -> None:
@@ -155,6 +158,7 @@ class Planned:
                     nodes=plan.nodes,
                     accepted=len(accepted),
                     streams=plan.streams,
+                    gamma=plan.gamma,
                 )
                 return
             promises, copied = self._promises(*plan.unseen)
@@ -167,6 +171,7 @@ class Planned:
             streams=plan.streams,
             copied=copied,
             ranks=None if promises is None else promises.ranks(accepted),
+            gamma=plan.gamma,
             fewer=() if plan.compared is None else self._with_fewer(*plan.compared),
         )
 

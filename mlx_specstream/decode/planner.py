@@ -16,11 +16,10 @@ import numpy as np
 from ..errors import BadArgument
 from .costs import Costs
 from .gammas import Gammas
+from .sizes import shortlist
 from .trust import TrustBySize
 
 SIZES = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-MOST_SIZES = 3  # besides the root alone: a pass is compiled once per size
-WORTH_A_SIZE = 0.003  # tokens a pass, averaged over typical drafts; less is not worth another size
 WORTH_A_CHANGE = 0.015  # of the tokens of a pass; a smaller gain keeps the size of the pass before
 
 # What drafting may lose against plain decoding, in plain tokens, whatever happens: LOAN at once and
@@ -101,7 +100,13 @@ class Planner:
         if not sizes:
             raise BadArgument(f"[sizes] must hold one of 2..{costs.rows[-1]}, the measured rows.")
         self.costs, self.placements, self.streams, self.copies = costs, known, streams, copies
-        self.sizes = self._shortlist(sizes)
+        middle = costs.contexts[len(costs.contexts) // 2]
+        rows, plain = np.array((1, *sizes)), costs.plain_at(middle)
+        passes, behind = (
+            costs.pass_at(rows, middle) / plain,
+            self._streams_cost(rows, middle) / plain,
+        )
+        self.sizes = shortlist(sizes, passes, behind, streams, copies)
         self._rows = np.array((1, *self.sizes))
         self._place = {int(n): i for i, n in enumerate(self._rows)}
         self._tables: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
@@ -114,12 +119,15 @@ class Planner:
         }
         self._drafts = np.zeros((0, len(self._rows)))  # promises of streams' recent drafts
         self._copied = self._drafts  # and of copied texts alone
-        self._state = "on" if self._can_pay() else "never"  # on, off (pausing), trial, never
         self._pause, self._wait = FIRST_PAUSE // 2, 0
         self._settled, self._longest = 0, LONG_PAUSE
         self._size = 0  # place in _rows of the last size used
         self._price = 1.0  # tokens per plain token's time
         self._balance = LOAN
+        paying = [gamma for gamma in reversed(self._gammas.options) if self._can_pay(gamma)]
+        self._state = "on" if paying else "never"  # on, off (pausing), trial, never
+        begin = [gamma for gamma in paying if self._bears(gamma, costs.contexts[0])]
+        self._gammas.usual = (begin or [None])[0]  # all, if there is enough to try them
 
     # -- before a pass
 
@@ -148,10 +156,7 @@ class Planner:
         """
         if self._state != "on" or len(self._drafts) < DRAFTS or not self.wants_streams(context):
             return None
-        if self.compares:
-            return None
-        passes, behind = self._at(context)
-        cost = passes + behind
+        cost = sum(self._with(self._gamma_for(context), context))
         value = self._believed(self._drafts, True) - self._price * cost  # [drafts, sizes + 1]
         usual = int(value.mean(axis=0).argmax())
         lost = float((value.max(axis=1) - value[:, usual]).mean())
@@ -163,9 +168,7 @@ class Planner:
         """Should streams run behind the pass that comes now? Changes nothing."""
         if self._state not in ("on", "off") or (self._state == "off" and self._wait > 0):
             return False
-        passes, streams = self._at(context)
-        # The loan must last for drafting and for verifying the least of the draft.
-        return bool(self._balance >= (passes[0] + streams[0] - 1.0) + (passes[1] - 1.0))
+        return self._bears(self._gammas.usual, context)
 
     def placement(self, nodes: int, context: int, gamma: int | None = None) -> str:
         """The cheaper legal placement of streams behind a pass."""
@@ -177,14 +180,25 @@ class Planner:
         """Numbers of streams that may draft instead of all."""
         return self._gammas.options[:-1]
 
-    @property
-    def compares(self) -> bool:
-        """``observe`` wants to know of the draft at hand what ``fewer`` streams would have promised."""
-        return self._gammas.compares
+    def compares(self, gamma: int) -> bool:
+        """``observe`` wants to know what ``fewer`` streams would have promised of a draft of ``gamma``."""
+        return gamma == self.streams and self._gammas.compares
 
     def _chosen(self, nodes: int, streams: bool, context: int) -> Choice:
-        gamma = self._gammas.now if streams else None
+        gamma = self._gamma_for(context) if streams else None
         return Choice(nodes, streams, self.placement(nodes, context, gamma), gamma)
+
+    def _gamma_for(self, context: int) -> int | None:
+        """Of the streams behind the pass that comes now."""
+        dearer = float(self._with(None, context)[1][0] - self._at(context)[1][0])
+        if self._gammas.asks_all(dearer) or self._state == "off":  # a trial looks at everything
+            return None if self._bears(None, context) else self._gammas.usual
+        return self._gammas.usual
+
+    def _bears(self, gamma: int | None, context: int) -> bool:
+        """Is there enough of the loan for drafting, and for verifying the least of the draft?"""
+        passes, streams = self._with(gamma, context)
+        return bool(self._balance >= (passes[0] + streams[0] - 1.0) + (passes[1] - 1.0))
 
     # -- after a pass
 
@@ -199,6 +213,7 @@ class Planner:
         streams: bool = False,
         copied: np.ndarray | None = None,
         ranks: Sequence[int] | None = None,
+        gamma: int | None = None,
         fewer: Sequence[np.ndarray] = (),
     ) -> None:
         """What a pass did; call it after every one, plain tokens too.
@@ -213,11 +228,13 @@ class Planner:
             copied: where copied text is part of a draft of streams, what its nodes alone promised,
                 float [c], descending.
             ranks: places of the accepted nodes in ``probabilities``; None: the first ones.
-            fewer: what the draft would have promised with each of ``self.fewer`` streams, as
-                ``probabilities``; (): not compared.
+            gamma: how many streams ran behind it; None: all.
+            fewer: what the draft, one of all streams, would have promised with each of ``self.fewer``,
+                as ``probabilities``; (): not compared.
         """
-        spent = self.account(context=context, nodes=nodes, accepted=accepted, streams=streams)
-        passes, behind = self._at(context)
+        spent = self.account(
+            context=context, nodes=nodes, accepted=accepted, streams=streams, gamma=gamma
+        )
         promises = np.zeros(0) if probabilities is None else np.asarray(probabilities, np.float64)
         from_streams = from_streams and self.streams > 0
         drafted = from_streams and len(promises) > 0
@@ -228,23 +245,32 @@ class Planner:
             ranks = range(accepted) if ranks is None else ranks
             trust.add(nodes, self._sums(promises[: nodes - 1]), ranks)
             self._size = self._place.get(nodes, self._size)
-        if drafted:
-            self._drafts = self._appended(self._drafts, promises)
         if drafted and len(fewer):
-            self._gammas.add(np.stack([self._sums(p) for p in (*fewer, promises)]))
-            passes, behind = self._settle_gamma(context)
+            self._compare([*fewer, promises], context)
+        elif drafted:
+            self._drafts = self._appended(self._drafts, self._sums(promises))
+        passes, behind = self._at(context)
         if self.copies:
             alone = copied if from_streams else promises
-            self._copied = self._appended(self._copied, np.zeros(0) if alone is None else alone)
+            alone = self._sums(np.zeros(0) if alone is None else alone)
+            self._copied = self._appended(self._copied, alone)
         self._steer(passes, behind, spent, accepted, streams, drafted)
 
-    def account(self, *, context: int, nodes: int, accepted: int, streams: bool) -> float:
+    def account(
+        self,
+        *,
+        context: int,
+        nodes: int,
+        accepted: int,
+        streams: bool,
+        gamma: int | None = None,
+    ) -> float:
         """The part of ``observe`` for a pass whose draft nobody looked at.
 
         Returns:
             What the pass cost, in plain tokens.
         """
-        spent, tokens = self._spent(nodes, streams, context), 1 + accepted
+        spent, tokens = self._spent(nodes, streams, context, gamma), 1 + accepted
         if streams:
             self._gammas.ran()
         self._balance = min(SAVINGS, self._balance + SHARE * tokens + tokens - spent)
@@ -282,15 +308,20 @@ class Planner:
                 self._price = copies
                 self._rest()
 
-    def _settle_gamma(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """As many streams as are worth most for recent drafts; what ``_at`` says from then on."""
+    def _compare(self, promises: list[np.ndarray], context: int) -> None:
+        """A draft as it would have been with each gamma: take as many as are worth most lately."""
+        gammas = self._gammas
+        gammas.add(np.stack([self._sums(p) for p in promises]))
+        if self._state == "trial":
+            gammas.forget()
         speeds = []
-        for option, gamma in enumerate(self._gammas.options):
-            tokens = self._believed(self._gammas.of(option), True)
+        for option, gamma in enumerate(gammas.options):
+            tokens = self._believed(gammas.of(option), True)
             speeds.append(_rate(tokens, sum(self._with(gamma, context))))
-        if self._gammas.settle(speeds):
-            self._drafts = self._gammas.of(self._gammas.options.index(self._gammas.usual))
-        return self._at(context)
+        if gammas.settle(speeds):
+            self._drafts = gammas.of_usual
+        else:
+            self._drafts = self._appended(self._drafts, gammas.of_usual[-1])
 
     def _rest(self) -> None:
         self._state = "off"
@@ -316,13 +347,13 @@ class Planner:
     ) -> float:
         """Speed over plain decoding if every step were this one, streams included."""
         tokens = self.expected_tokens(probabilities, nodes, from_streams)
-        return tokens / self._spent(nodes, from_streams and self.streams > 0, context)
+        return tokens / self._spent(nodes, from_streams and self.streams > 0, context, None)
 
     # -- parts
 
     def _best_size(self, probabilities, context: int, from_streams: bool, streams: bool) -> int:
         """Place in _rows of the size whose tokens are worth most beyond the time they take."""
-        passes, behind = self._at(context)
+        passes, behind = self._with(self._gamma_for(context), context)
         cost = passes + behind if streams else np.concatenate([[1.0], passes[1:]])
         ratios, price = self._trust[from_streams and self.streams > 0].ratios, self._price
         if self._state == "trial":
@@ -339,18 +370,17 @@ class Planner:
         sums = np.concatenate([[0.0], np.cumsum(probabilities, dtype=np.float64)])
         return sums[np.minimum(self._rows - 1, len(sums) - 1)]
 
-    def _appended(self, recent: np.ndarray, probabilities) -> np.ndarray:
-        return np.concatenate([recent[1 - DRAFTS :], self._sums(probabilities)[None]])
+    def _appended(self, recent: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        return np.concatenate([recent[1 - DRAFTS :], sums[None]])
 
     def _believed(self, recent: np.ndarray, from_streams: bool) -> np.ndarray:
         """Expected tokens of recent drafts at each size, float64 [drafts, sizes + 1]."""
         return 1.0 + np.minimum(recent * self._trust[from_streams].ratios, self._rows - 1)
 
-    def _spent(self, nodes: int, streams: bool, context: int) -> float:
+    def _spent(self, nodes: int, streams: bool, context: int, gamma: int | None) -> float:
         """What a step cost, in plain tokens."""
         if nodes == 1 and not streams:
             return 1.0
-        gamma = self._gammas.now
         if (size := self._place.get(nodes)) is not None:
             passes, behind = self._with(gamma, context)
             return float(passes[size] + (behind[size] if streams else 0.0))
@@ -358,14 +388,11 @@ class Planner:
         cost += self._streams_cost(nodes, context, gamma) if streams else 0.0
         return float(cost) / self.costs.plain_at(context)
 
-    def _can_pay(self) -> bool:
-        """Could streams be worth their cost if they were nearly always right?"""
-        depth = np.arange(1, self.streams + 1)
-        promises = CEILING**depth
+    def _can_pay(self, gamma: int | None) -> bool:
+        """Could so many streams be worth their cost if they were nearly always right?"""
+        tokens = 1.0 + self._sums(CEILING ** np.arange(1, (gamma or self.streams) + 1))[None]
         return bool(self.streams) and any(
-            _rate(1.0 + self._sums(promises[:gamma])[None], sum(self._with(gamma, context))) > 1.0
-            for context in self.costs.contexts
-            for gamma in self._gammas.options
+            _rate(tokens, sum(self._with(gamma, context))) > 1.0 for context in self.costs.contexts
         )
 
     def _at(self, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -387,42 +414,6 @@ class Planner:
             return np.zeros(np.shape(nodes))[()]
         at = [self.costs.streams_at(p, nodes, context, gamma) for p in self.placements]
         return np.min(at, axis=0)
-
-    def _shortlist(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """At most MOST_SIZES of ``sizes``: those that lose least over a range of typical drafts."""
-        if len(sizes) <= MOST_SIZES:
-            return sizes
-        middle = self.costs.contexts[len(self.costs.contexts) // 2]
-        rows, plain = np.array((1, *sizes)), self.costs.plain_at(middle)
-        passes = self.costs.pass_at(rows, middle) / plain
-        behind = self._streams_cost(rows, middle) / plain
-        worth = []  # tokens less the price of their time, [draft and price, sizes + 1]
-        for rate in (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.97):
-            drafts = [(_tree_promises(rate, self.streams), behind)] if self.streams else []
-            if self.copies or not drafts:
-                drafts.append((rate ** np.arange(1, rows[-1]), 0.0))
-            for promises, more in drafts:
-                sums = np.concatenate([[0.0], np.cumsum(promises)])
-                tokens = 1.0 + sums[np.minimum(rows - 1, len(sums) - 1)]
-                worth += [tokens - price * (passes + more) for price in (1.0, 1.4, 1.8)]
-        worth = np.stack(worth)
-        taken = [0]
-        while len(taken) <= MOST_SIZES:
-            best = [worth[:, [*taken, i]].max(axis=1).mean() for i in range(len(rows))]
-            if len(taken) > 1 and max(best) - worth[:, taken].max(axis=1).mean() < WORTH_A_SIZE:
-                break
-            taken.append(int(np.argmax(best[1:])) + 1)
-        return tuple(sorted({sizes[i - 1] for i in taken[1:]}))
-
-
-def _tree_promises(rate: float, depth: int) -> np.ndarray:
-    """Nodes of a tree whose streams give their first guess ``rate``, the next half of the rest ..."""
-    guesses = np.array([rate, (1 - rate) / 2, (1 - rate) / 4])
-    level, found = np.ones(1), []
-    for _ in range(depth):
-        level = np.sort(np.outer(level, guesses).reshape(-1))[::-1][:64]
-        found.append(level)
-    return np.sort(np.concatenate(found))[::-1]
 
 
 def _rate(tokens: np.ndarray, cost: np.ndarray) -> float:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from ..decode.choose import make_sampler
+from ..decode.choose import Drawn, Greedy, TemperatureSampler, make_sampler
 from ..decode.compiling import compiled_at_once, remember_kernels
+from ..decode.costs import gammas_below
+from ..decode.decoder import Decoder
+from ..decode.plan import Fixed, Plan
+from ..decode.tree import TreeShape
 from ..generate import stream_generate
-from ..model.seams import seams_of
+from ..model.cache import make_prompt_cache
+from ..model.seams import Seams, seams_of
 
 TOKENS = 24
 TREES = ("best:4", None)  # None: the planner's, which begins without streams now and then
@@ -40,9 +46,31 @@ def warm_up(model: nn.Module, tokenizer) -> None:
                         seed=0,
                     ):
                         pass
+        for gamma in fewer(seams):
+            draft_with(seams, gamma, prompt)
     _forget(seams.kept)
     seams.kept.update(learned)
     remember_kernels(seams)
+
+
+def fewer(seams: Seams) -> tuple[int, ...]:
+    """Numbers of streams that the planner may ask instead of all."""
+    config = seams.streams.config if seams.streams else None
+    if config is None or config.main_sees_streams:
+        return ()
+    return gammas_below(config.num_streams)
+
+
+def draft_with(seams: Seams, gamma: int, prompt: list[int]) -> None:
+    """Some passes whose trees come from ``gamma`` streams, greedy and drawn."""
+    plan = Fixed(Plan(TreeShape("best", 4), "deferred", gamma=gamma))
+    for chooser in (Greedy(), Drawn(TemperatureSampler(0.7), 0)):
+        stores = make_prompt_cache(seams.model)
+        seams.model(mx.array([prompt[:-1]]), cache=stores)
+        decoder = Decoder(seams, stores, prompt[-1:], chooser, plan)
+        for _ in range(4):
+            decoder.step(TOKENS, ())
+        decoder.close()
 
 
 def _forget(kept: dict) -> dict:
