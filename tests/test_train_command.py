@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import save_config, save_model
-from tiny_models import COMMON, make_model, make_tokenizer
+from tiny_models import COMMON, CONFIGS, make_model, make_tokenizer
 
 from mlx_specstream.cli.main import main
 from mlx_specstream.errors import BadArgument
@@ -378,8 +378,22 @@ def test_what_follows_from_the_size_of_a_model():
     assert [learning_rate(width) for width in (64, 384, 1536, 4096)] == [1e-3, 1e-3, 5e-4, 3.1e-4]
     layers = {n: [p.msa_layers(n) for p in PRESETS.values()] for n in (5, 8, 16, 32, 80)}
     assert layers == {
-        5: [1, 1, 1], 8: [1, 1, 2], 16: [1, 2, 4], 32: [2, 4, 4], 80: [4, 4, 4],
+        5: [1, 1, 1], 8: [1, 1, 1], 16: [1, 2, 2], 32: [2, 4, 4], 80: [4, 4, 4],
     }  # fmt: skip
+
+
+def test_a_model_of_one_mask_per_batch_takes_its_rows_one_by_one(data, tmp_path, capsys):
+    folder, out = tmp_path / "gemma2", tmp_path / "streams"
+    folder.mkdir()
+    save_model(folder, make_model("gemma2"))
+    save_config({**COMMON, **CONFIGS["gemma2"], "model_type": "gemma2"}, folder / "config.json")
+    make_tokenizer().save_pretrained(folder)
+    argv = ["train", "--model", folder, "--data", data, "--streams", out, "--preset", "quick"]
+    code, err = run(capsys, *argv, "--iters", "1", "--no-rehearsal")
+    assert code == 0, err
+    config = read_description(out)["training"]["config"]
+    assert (config["batch_size"], config["grad_accumulation_steps"]) == (1, 4)
+    assert run(capsys, *argv, "--batch-size", "2")[0] == 2
 
 
 def test_help_says_what_presets_mean(capsys):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import StreamConfig
 from ..errors import BadArgument
+from ..model.support import ONE_MASK
 from ..train.presets import PRESETS, PRUNE_RANK, every, learning_rate
 from . import options, train_online
 from .train_arguments import add_arguments as add_arguments
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             args.data,
             out,
             stream_config(args, preset, len(model.layers), begin_from),
-            train_config(args, preset, hidden_size(model)),
+            train_config(args, preset, hidden_size(model), **batches(preset, model.model_type)),
             fused=fused,
             self_distill=self_distill,
             cache_hidden=args.cache_hidden,
@@ -161,6 +162,13 @@ def max_length(args: argparse.Namespace, base_config: dict) -> int:
             f"{args.max_seq_length}."
         )
     return args.max_seq_length
+
+
+def batches(preset, model_type: str) -> dict[str, int]:
+    """The preset's rows of a step, one after the other where a model takes one mask per batch."""
+    if model_type in ONE_MASK:
+        return {"batch_size": 1, "grad_accumulation_steps": preset.batch_size}
+    return {"batch_size": preset.batch_size}
 
 
 def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):

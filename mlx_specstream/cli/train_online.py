@@ -73,6 +73,7 @@ def learn(args: argparse.Namespace) -> None:
         "eval_every": max(1, iters // LOOKS),
         "patience": PATIENCE,
         "learning_rate": SHARE * learning_rate(hidden_size(model)),
+        **train.batches(preset, model.model_type),
     }
     config = train.train_config(args, preset, hidden_size(model), **defaults)
 
