@@ -51,6 +51,8 @@ def read(path: Path, tokenizer, max_length: int) -> list[Example]:
     found = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 example = to_example(row["prompt"], row["completion"], tokenizer)
@@ -198,7 +200,9 @@ def train(model: StreamingModel, examples: list[Example], held_out: list[Example
     weights = DECAY ** torch.arange(g, device=device)
     begun, done, step, losses = time.monotonic(), 0.0, 0, None
     about = {"origin": "PyTorch", "torch": torch.__version__, "arguments": vars(args).copy()}
+    # Streams are shared with others, paths are not.
     about["arguments"] = {k: v for k, v in about["arguments"].items() if not isinstance(v, Path)}
+    about["arguments"]["model"] = Path(args.model).name
     while done < 1.0:
         rate = args.learning_rate * min((done + 1e-3) / WARM_UP, (1 - done) / (1 - WARM_UP))
         for group in optimizer.param_groups:
@@ -234,11 +238,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for the streams")
     parser.add_argument("--num-streams", type=int, default=4, help="gamma")
-    parser.add_argument("--msa-layers", type=int, help="Ns (a quarter of the layers, at most 4)")
+    parser.add_argument("--msa-layers", type=int, help="Ns (an eighth of the layers, at most 4)")
     parser.add_argument("--lora-rank", type=int, default=32)
     parser.add_argument("--lora-alpha", type=float, help="default: the rank")
     parser.add_argument("--lora-targets", nargs="+", choices=PROJECTIONS, default=PROJECTIONS)
-    parser.add_argument("--condition-rank", type=int, default=0, help="of conditioned drafts")
+    parser.add_argument("--condition-rank", type=int, default=32, help="of conditioned drafts")
     parser.add_argument("--target", choices=("hard", "distill"), default="hard")
     parser.add_argument("--iters", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="train for this long instead of --iters")
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> Path:
         args.learning_rate = MEASURED_RATE * min(1, MEASURED_WIDTH / base.config.hidden_size) ** 0.5
     config = StreamConfig(
         num_streams=args.num_streams,
-        msa_layers=args.msa_layers or max(1, min(4, layers // 4)),
+        msa_layers=args.msa_layers or max(1, min(4, layers // 8)),
         lora_rank=args.lora_rank,
         lora_alpha=float(args.lora_rank if args.lora_alpha is None else args.lora_alpha),
         lora_targets=tuple(args.lora_targets),

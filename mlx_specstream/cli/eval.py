@@ -154,6 +154,11 @@ def _metrics(given: list[str] | None, references: list[list[str]], notes: list[s
         if given and not all(references):
             raise BadArgument("[metrics] need answers in the data; rows with text alone have none.")
         return list(dict.fromkeys(given))
+    if without := sum(not several for several in references):
+        notes.append(
+            f"no quality: {without} of {len(references)} rows have no answer to compare with"
+        )
+        return []
     chosen = choose_metrics(references)
     notes += [f"left out: {how_to_install(m)}" for m in chosen if is_missing(m)]
     return [m for m in chosen if not is_missing(m)]

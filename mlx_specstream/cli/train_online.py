@@ -32,6 +32,8 @@ def take_back(args: argparse.Namespace) -> None:
     from ..load import model_folder
     from ..train.online import undo
 
+    if args.from_log:
+        raise BadArgument("[undo] takes a run back and trains nothing; leave --from-log out.")
     folder = args.streams or streams_of(model_folder(args.model, args.revision))
     undo(folder)
     print(f"{folder}: as before the last --from-log", file=sys.stderr)

@@ -21,6 +21,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from ..errors import BadArgument, BadData
+from ..model.support import ONE_MASK
 from ..profile import cache_folder
 from .data import Example, spread
 from .estimate import duration
@@ -59,8 +60,9 @@ class SelfDistill:
 
 
 def settings_of(how: SelfDistill) -> dict[str, float | int]:
-    """What the answers depend on, besides model and prompts."""
-    return {name: value for name, value in asdict(how).items() if name != "cache"}
+    """What the answers depend on, besides model and prompts: greedy ones on no seed."""
+    unused = {"cache"} if how.temperature else {"cache", "seed"}
+    return {name: value for name, value in asdict(how).items() if name not in unused}
 
 
 def answers_folder() -> Path:
@@ -171,12 +173,13 @@ def _generate(model, tokenizer, prompts, how: SelfDistill, max_length, first) ->
         mx.random.seed(
             how.seed * 1_000_003 + first
         )  # so that a group does not depend on the others
+    at_once = 1 if getattr(model, "model_type", None) in ONE_MASK else how.batch_size
     generator = BatchGenerator(
         model,
         stop_tokens=[[token] for token in sorted(tokenizer.eos_token_ids)],
         sampler=make_sampler(temp=how.temperature),
-        completion_batch_size=how.batch_size,
-        prefill_batch_size=max(1, how.batch_size // 4),
+        completion_batch_size=at_once,
+        prefill_batch_size=max(1, at_once // 4),
     )
     try:
         limits = [min(how.max_tokens, max_length - len(p)) for p in prompts]

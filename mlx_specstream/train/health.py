@@ -20,6 +20,7 @@ class Health:
 
     def __init__(self, learning_rate: float):
         self.rate = learning_rate
+        self.saved = 0  # step of the checkpoint
         self.first: list[float] = []
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
@@ -53,7 +54,8 @@ class Health:
             )
 
     def advice(self) -> str:
-        return (
-            f"train with a lower --learning-rate than {self.rate:g}, say {self.rate / 3:.1g}; what was "
-            "saved before is whole"
+        return f"train with a lower --learning-rate than {self.rate:g}, say {self.rate / 3:.1g}" + (
+            f" (or take what there was at step {self.saved}: --resume --iters {self.saved})"
+            if self.saved
+            else ""
         )

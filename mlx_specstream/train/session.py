@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from .trainer import CHECKPOINT, Progress, Trainer
 from .vocabulary import from_examples
 
 MAX_HELD_OUT = 200  # rows taken from the training data where there is no validation file
+MOST_HELD_OUT = 0.2  # of all rows, where every prompt has many
 
 
 class Look(Protocol):
@@ -116,7 +118,8 @@ def train_streams(
         data = read_data(data, tokenizer, max_length, note, answers=self_distill is None)
     train, valid = data.train, data.valid
     if self_distill is not None:
-        answer = partial(try_answering if dry_run else answered, model, tokenizer)
+        trying = dry_run and not resume  # to go on, the rows must be the ones of before
+        answer = partial(try_answering if trying else answered, model, tokenizer)
         train, valid = (answer(some, self_distill, max_length, note) for some in (train, valid))
     mx.random.seed(config.seed)
     base, name = fingerprint(model), identity(model)
@@ -333,17 +336,28 @@ def read_data(
 
 
 def held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): evenly spread over the file, and all rows of a prompt on one side."""
-    prompts = [tuple(e.tokens[: e.start]) or number for number, e in enumerate(examples)]
-    different = list(dict.fromkeys(prompts))
-    if len(different) == 1:
-        prompts = different = list(range(len(examples)))
+    """(to train on, held out): evenly spread over the file, and all rows of a prompt on one side.
+
+    A prompt with more rows than are to be held out stays, if others have fewer. Where that leaves none, only rows that are
+    wholly alike stay together; where all are, none do.
+    """
     rows = min(MAX_HELD_OUT, max(1, len(examples) // 20))
-    chosen = spread(len(different), max(1, rows * len(different) // len(examples)))
-    out = {different[number] for number in chosen}
+    for keys in (
+        [tuple(e.tokens[: e.start]) or tuple(e.tokens) for e in examples],
+        [tuple(e.tokens) for e in examples],
+        list(range(len(examples))),
+    ):
+        counts = Counter(keys)
+        fewest = min(counts.values())
+        most = rows if fewest <= rows else min(fewest, MOST_HELD_OUT * len(examples))
+        small = [key for key, count in counts.items() if count <= most]
+        if small and len(counts) > 1:
+            break
+    count = max(1, rows * len(small) // sum(counts[key] for key in small))
+    out = {small[number] for number in spread(len(small), count)}
     sides: tuple[list[Example], list[Example]] = [], []
-    for prompt, example in zip(prompts, examples, strict=True):
-        sides[prompt in out].append(example)
+    for key, example in zip(keys, examples, strict=True):
+        sides[key in out].append(example)
     return sides
 
 

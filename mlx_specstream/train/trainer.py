@@ -34,6 +34,7 @@ VALID_ROWS = 200  # examples that validation reads
 VALID_HOSTS = 8  # host rows read of each
 TOP_K = 4  # the accuracy reported beside top-1
 PROGRESS = 1e-3  # of the validation loss: less is none
+SAVE_AFTER = 300.0  # seconds: slow steps are saved more often than save_every says
 # By a run that goes on with another.
 CHANGEABLE = ("iters", "minutes", "grad_checkpoint", "eval_every", "save_every", "patience")
 
@@ -98,9 +99,8 @@ class Trainer:
         self.base = fingerprint(seams.model) if base is None else base
         self.learner = Learner(seams.streams, list(main_lora), config.only)
         self.iteration, self.seconds, self.history, self.data = 0, 0.0, [], ""
-        self.best: dict[str, mx.array] | None = (
-            None  # of the best validation, where it is to be taken
-        )
+        self.keeps_best = config.patience is not None or config.fine_tune is None
+        self.best: dict[str, mx.array] | None = None  # values of the best validation, if kept
         self.since: list[list[float]] = []  # losses of the steps since the last validation
         self.stop_requested = False
         self.health = Health(config.learning_rate)
@@ -161,6 +161,7 @@ class Trainer:
             first = self.validate(held_out)
             report(Progress(self.iteration, self.done, self.seconds, [], validation=first))
         clock, tokens, begun = time.perf_counter() - self.seconds, 0, self.seconds
+        saved = begun
         while self.done < 1.0 and self.patience_left > 0:
             if self.stop_requested:  # between two steps, so that what is saved is whole
                 self.save()
@@ -176,8 +177,9 @@ class Trainer:
                 validation = self.validate(held_out)
                 self.seconds = time.perf_counter() - clock  # a user waits for it too
             ends = self.done >= 1.0 or self.patience_left <= 0
-            if self.iteration % config.save_every == 0 or ends:
+            if self.iteration % config.save_every == 0 or ends or self.seconds - saved > SAVE_AFTER:
                 self.save()
+                saved = self.seconds
             report(
                 Progress(
                     self.iteration,
@@ -190,6 +192,8 @@ class Trainer:
                     validation,
                 )
             )
+        if self.history[-1]["iteration"] != self.iteration:  # resumed, to end where it stopped
+            self.validate(held_out)
 
     def source(self, train: list[Example]) -> Iterator[Batch]:
         """The batches that come next, without end."""
@@ -225,8 +229,7 @@ class Trainer:
         at = {"iteration": self.iteration, "seconds": round(self.seconds, 3), "train_loss": means}
         self.history.append({**at, **found})
         self.since = []
-        keeps = self.config.patience is not None or self.config.fine_tune is None
-        if keeps and self._best_validation() == len(self.history) - 1:
+        if self.keeps_best and self._best_validation() == len(self.history) - 1:
             self.best = dict(tree_flatten(self.learner.trainable_parameters()))
         return self.history[-1]
 
@@ -293,6 +296,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint (whole or not at all)."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.health.saved = self.iteration
         about = {
             "iteration": self.iteration,
             "seconds": self.seconds,
@@ -367,9 +371,9 @@ class Trainer:
         self.optimizer.state = part("optimizer.")
         self.iteration, self.seconds = about["iteration"], about["seconds"]
         self.history, self.since = about["history"], about["since"]
-        self.hidden_rms = about["hidden_rms"]
+        self.hidden_rms, self.health.saved = about["hidden_rms"], self.iteration
         best = {k.removeprefix("best."): v for k, v in state.items() if k not in known}
-        self.best = best or None
+        self.best = best if best and self.keeps_best else None
 
 
 def validation_batches(examples: list[Example], size: int, num_streams: int) -> list[Batch]:

@@ -1,0 +1,170 @@
+"""Training at its edges: runs that end where they stopped, slow steps, one mask per batch, odd splits."""
+
+import dataclasses
+
+import mlx_lm
+import pytest
+from mlx_lm.utils import save_config
+from test_cli import fails
+from test_eval import folder, results_of, write  # noqa: F401
+from test_targets import HOW, PROMPTS
+from test_training import write as write_split
+from tiny_models import COMMON, make_model, make_tokenizer
+
+from mlx_specstream.config import StreamConfig
+from mlx_specstream.errors import BadCheckpoint
+from mlx_specstream.train import trainer as trainer_of
+from mlx_specstream.train.answers import answers, settings_of
+from mlx_specstream.train.config import FineTune, TrainConfig
+from mlx_specstream.train.data import Example
+from mlx_specstream.train.health import Health
+from mlx_specstream.train.session import held_out, train_streams
+from mlx_specstream.train.shared import Destination
+from mlx_specstream.train.trainer import CHECKPOINT
+
+ROWS = [{"prompt": f"a{n} a9 a3", "completion": f" a7 a{n} a11 a7 a9 a11 a7"} for n in range(5, 17)]
+CONFIG = TrainConfig(iters=6, batch_size=2, hosts=3, eval_every=50, save_every=3)
+BASE = {**COMMON, "model_type": "llama", "tie_word_embeddings": False}
+SHARED = dataclasses.replace(CONFIG, fine_tune=FineTune(3, 3.0))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_split(tmp_path / "rows", "train.jsonl", ROWS)
+
+
+def folder_of(path):
+    """The base as a folder; only shared runs look there."""
+    path.mkdir(exist_ok=True)
+    save_config(BASE, path / "config.json")
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(rows, out, config, until=None, **options):
+    """What a run says of itself; ``until``: it is interrupted behind that step."""
+
+    def report(progress):
+        if progress.iteration == until:
+            raise KeyboardInterrupt
+
+    if config.fine_tune:
+        options["fused"] = Destination(out / "model", folder_of(out.parent / "base"), BASE)
+    shape, model = StreamConfig(num_streams=2, msa_layers=2, lora_rank=3), make_model()
+    return train_streams(
+        model, make_tokenizer(), rows, out, shape, config, report=report, **options
+    )
+
+
+# --- runs that go on ---
+
+
+@pytest.mark.parametrize("config", [CONFIG, SHARED])
+def test_a_run_may_end_where_it_was_stopped(config, rows, tmp_path):
+    """Nobody had validated that step."""
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "out", config, until=3)
+    about = run(rows, tmp_path / "out", dataclasses.replace(config, iters=3), resume=True)
+    assert (about["steps"], about["taken"]) == (3, 3)
+    assert about["validation"]["iteration"] == 3
+
+
+def test_values_of_an_earlier_patience_are_not_taken(rows, tmp_path):
+    patient = dataclasses.replace(SHARED, patience=3, eval_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "out", patient, until=3)
+    about = run(rows, tmp_path / "out", dataclasses.replace(SHARED, eval_every=1), resume=True)
+    assert about["taken"] == 6
+
+
+def test_slow_steps_are_saved_by_the_clock(rows, tmp_path, monkeypatch):
+    slow = dataclasses.replace(CONFIG, save_every=100)
+    for after, saved in ((300.0, False), (0.0, True)):
+        monkeypatch.setattr(trainer_of, "SAVE_AFTER", after)
+        out = tmp_path / str(saved)
+        with pytest.raises(KeyboardInterrupt):
+            run(rows, out, slow, until=2)
+        assert (out / CHECKPOINT).exists() == saved
+
+
+def test_advice_names_what_was_saved():
+    health = Health(1e-3)
+    assert "--resume" not in health.advice()
+    health.saved = 4000
+    assert "--resume --iters 4000" in health.advice()
+
+
+def test_a_dry_run_of_a_resumed_self_distillation(rows, tmp_path):
+    """Its rows are those of before, not a few answers again and again."""
+    how = dataclasses.replace(HOW, cache=tmp_path / "answers")
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "out", CONFIG, until=3, self_distill=how)
+    notes = []
+    options = {"self_distill": how, "dry_run": True, "resume": True, "note": notes.append}
+    run(rows, tmp_path / "out", CONFIG, **options)
+    assert "resumed at step 3" in notes
+    other = write_split(tmp_path / "other", "train.jsonl", ROWS[1:])
+    with pytest.raises(BadCheckpoint, match="of other data"):
+        run(other, tmp_path / "out", CONFIG, **options)
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])  # two K/V heads, too
+def test_one_mask_per_batch_is_one_prompt_at_a_time(batch_size, tmp_path):
+    model, tokenizer = make_model("gemma2"), make_tokenizer()
+    how = dataclasses.replace(HOW, batch_size=batch_size)
+    found = answers(model, tokenizer, PROMPTS, how, tmp_path, 11)
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        limit = min(7, 11 - len(prompt))
+        said = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=limit)
+        assert ids == [r.token for r in said]
+
+
+def test_greedy_answers_are_the_same_for_every_seed():
+    other = dataclasses.replace(HOW, seed=5)
+    assert settings_of(other) == settings_of(HOW)
+    drawn = dataclasses.replace(HOW, temperature=0.5)
+    assert settings_of(dataclasses.replace(other, temperature=0.5)) != settings_of(drawn)
+
+
+# --- what is held out ---
+
+
+def test_texts_that_are_alike_are_on_one_side():
+    texts = [Example([5 + n % 20, 7, 8, 0], 0) for n in range(60)]
+    train, valid = held_out(texts)
+    assert len(valid) == 3
+    assert not {tuple(e.tokens) for e in valid} & {tuple(e.tokens) for e in train}
+    same = [Example([5, 9, n % 10, 8, 0], 2) for n in range(200)]  # one prompt, few answers
+    train, valid = held_out(same)
+    assert valid
+    assert not {tuple(e.tokens) for e in valid} & {tuple(e.tokens) for e in train}
+
+
+def test_a_prompt_with_most_of_the_rows_is_not_held_out():
+    once, often = Example([5, 6, 7, 8], 2), [Example([9, 10, n, 8], 2) for n in range(60)]
+    for rows in ([once, *often], [*often, once]):
+        train, valid = held_out(rows)
+        assert valid == [once]
+        assert len(train) == 60
+
+
+# --- eval ---
+
+
+def test_rows_without_an_answer_have_no_quality(capsys, folder, tmp_path):  # noqa: F811
+    prose = [{"prompt": "a5 a6", "completion": "a7 a8."}, {"text": "a5 a6 a7"}]
+    rows = write(tmp_path / "p.jsonl", prose)
+    results = results_of(folder, rows, tmp_path, "--no-streams")
+    assert results["metrics"] == []
+    assert "no quality: 1 of 2 rows have no answer to compare with" in capsys.readouterr().out
+
+
+# --- the command ---
+
+
+def test_undo_trains_nothing(capsys, tmp_path):
+    line = fails(capsys, "train", "--model", tmp_path, "--undo", "--from-log", tmp_path / "log")
+    assert "[undo]" in line
