@@ -338,8 +338,8 @@ def read_data(
 def held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """(to train on, held out): evenly spread over the file, and all rows of a prompt on one side.
 
-    A prompt with more rows than are to be held out stays, if others have fewer. Where that leaves none, only rows that are
-    wholly alike stay together; where all are, none do.
+    A prompt with more rows than are to be held out stays, if others have fewer. Where that leaves none,
+    only rows that are wholly alike stay together; where all are, none do.
     """
     rows = min(MAX_HELD_OUT, max(1, len(examples) // 20))
     for keys in (
