@@ -15,7 +15,6 @@ from typing import Any
 
 from ..config import StreamConfig
 from ..errors import BadArgument
-from ..model.support import ONE_MASK
 from ..train.presets import PRESETS, PRUNE_RANK, every, learning_rate
 from . import options, train_online
 from .train_arguments import add_arguments as add_arguments
@@ -166,6 +165,8 @@ def max_length(args: argparse.Namespace, base_config: dict) -> int:
 
 def batches(preset, model_type: str) -> dict[str, int]:
     """The preset's rows of a step, one after the other where a model takes one mask per batch."""
+    from ..model.support import ONE_MASK
+
     if model_type in ONE_MASK:
         return {"batch_size": 1, "grad_accumulation_steps": preset.batch_size}
     return {"batch_size": preset.batch_size}
