@@ -8,6 +8,7 @@ from mlx_lm.utils import save_config
 from test_cli import fails
 from test_eval import folder, results_of, write  # noqa: F401
 from test_targets import HOW, PROMPTS
+from test_train_command import check_same
 from test_training import write as write_split
 from tiny_models import COMMON, make_model, make_tokenizer
 
@@ -73,8 +74,11 @@ def test_values_of_an_earlier_patience_are_not_taken(rows, tmp_path):
     patient = dataclasses.replace(SHARED, patience=3, eval_every=1)
     with pytest.raises(KeyboardInterrupt):
         run(rows, tmp_path / "out", patient, until=3)
-    about = run(rows, tmp_path / "out", dataclasses.replace(SHARED, eval_every=1), resume=True)
+    often = dataclasses.replace(SHARED, eval_every=1)
+    about = run(rows, tmp_path / "out", often, resume=True)
     assert about["taken"] == 6
+    run(rows, tmp_path / "whole", often)
+    check_same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_slow_steps_are_saved_by_the_clock(rows, tmp_path, monkeypatch):
