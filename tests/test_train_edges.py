@@ -4,9 +4,9 @@ import dataclasses
 
 import mlx_lm
 import pytest
-from mlx_lm.utils import save_config
 from test_cli import fails
 from test_eval import folder, results_of, write  # noqa: F401
+from test_shared_runs import save_base
 from test_targets import HOW, PROMPTS
 from test_train_command import check_same
 from test_training import write as write_split
@@ -34,14 +34,6 @@ def rows(tmp_path):
     return write_split(tmp_path / "rows", "train.jsonl", ROWS)
 
 
-def folder_of(path):
-    """The base as a folder; only shared runs look there."""
-    path.mkdir(exist_ok=True)
-    save_config(BASE, path / "config.json")
-    make_tokenizer().save_pretrained(path)
-    return path
-
-
 def run(rows, out, config, until=None, **options):
     """What a run says of itself; ``until``: it is interrupted behind that step."""
 
@@ -49,9 +41,9 @@ def run(rows, out, config, until=None, **options):
         if progress.iteration == until:
             raise KeyboardInterrupt
 
-    if config.fine_tune:
-        options["fused"] = Destination(out / "model", folder_of(out.parent / "base"), BASE)
     shape, model = StreamConfig(num_streams=2, msa_layers=2, lora_rank=3), make_model()
+    if config.fine_tune:
+        options["fused"] = Destination(out / "model", save_base(model, out.parent / "base"), BASE)
     return train_streams(
         model, make_tokenizer(), rows, out, shape, config, report=report, **options
     )

@@ -82,13 +82,12 @@ class Costs:
         object.__setattr__(self, "plain_ms", plain)
         if not isinstance(self.measured, bool):
             _refuse("measured", "be true or false", self.measured)
-        if self.gammas != () and self.gammas != []:
-            object.__setattr__(self, "gammas", _ascending("gammas", self.gammas, 1))
-        known, count = len(self.contexts) if self.gammas else 0, len(self.gammas)
+        gammas = () if self.gammas in ((), []) else _ascending("gammas", self.gammas, 1)
+        known = len(self.contexts) if gammas else 0
         if not isinstance(self.saved_ms, list | tuple) or len(self.saved_ms) != known:
             _refuse("saved_ms", f"hold one list for each of {known} contexts", self.saved_ms)
-        saved = tuple(_numbers("saved_ms", line, count, -math.inf) for line in self.saved_ms)
-        object.__setattr__(self, "gammas", tuple(self.gammas))
+        saved = tuple(_numbers("saved_ms", line, len(gammas), -math.inf) for line in self.saved_ms)
+        object.__setattr__(self, "gammas", gammas)
         object.__setattr__(self, "saved_ms", saved)
 
     def pass_at(self, nodes, context: int):

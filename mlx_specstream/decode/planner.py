@@ -190,10 +190,13 @@ class Planner:
 
     def _gamma_for(self, context: int) -> int | None:
         """Of the streams behind the pass that comes now."""
+        usual = self._gammas.usual
+        if usual is None:
+            return None
         dearer = float(self._with(None, context)[1][0] - self._at(context)[1][0])
         if self._gammas.asks_all(dearer) or self._state == "off":  # a trial looks at everything
-            return None if self._bears(None, context) else self._gammas.usual
-        return self._gammas.usual
+            return None if self._bears(None, context) else usual
+        return usual
 
     def _bears(self, gamma: int | None, context: int) -> bool:
         """Is there enough of the loan for drafting, and for verifying the least of the draft?"""
