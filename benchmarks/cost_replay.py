@@ -37,7 +37,7 @@ from mlx_specstream.decode.choose import Greedy
 from mlx_specstream.decode.copy import Copied, Copier
 from mlx_specstream.decode.decoder import Decoder
 from mlx_specstream.decode.draft import Guesses, draft, size_of
-from mlx_specstream.decode.plan import Planned
+from mlx_specstream.decode.plan import Planned, placements
 from mlx_specstream.decode.planner import Planner
 from mlx_specstream.decode.record import Record
 from mlx_specstream.decode.tree import HostTree, TreeShape
@@ -346,7 +346,8 @@ def study(seams: Seams, args, trained, tokenizer, answered) -> dict:
     copies = {n: copied_paths(tokenizer, answered, n) for n in planner.sizes}
     scripts = scripts_for(planner, paths, copies, args.steps)
     middle = costs.contexts[len(costs.contexts) // 2]  # users get one placement, the cheaper one
-    cheaper = min(planner.placements, key=lambda p: costs.streams_at(p, 5, middle))
+    possible = placements(seams_of(trained).streams.config)
+    cheaper = min(possible, key=lambda p: costs.streams_at(p, 5, middle))
     learning = Planner(costs, placements=(cheaper,), streams=config.num_streams, copies=True)
     whole = planned_steps(seams_of(trained), tokenizer, answered, learning, paths)
     scripts["as planned"] = whole[: 3 * args.steps]

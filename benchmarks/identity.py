@@ -1,7 +1,7 @@
 """Is greedy output with streams token-identical to mlx_lm.generate's, prompt by prompt?
 
     python benchmarks/identity.py --model M --streams S --prompts 200 \
-        --trees best:32 cartesian:2 --placements deferred inline --out benchmarks/results/identity.json
+        --trees best:32 cartesian:2 --out benchmarks/results/identity.json
 
 Also compares the passes of every answer with those of the replay (measure/simulate.py). The result
 file holds ids and counts, no text.
@@ -19,6 +19,7 @@ from mlx_lm import load as load_stock
 from mlx_lm import stream_generate as stock_stream_generate
 from tasks import FORMS, valid_sample
 
+from mlx_specstream.decode.plan import placements
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.measure.simulate import guesses_by_count, replay
 from mlx_specstream.model.seams import seams_of
@@ -32,7 +33,6 @@ def main():
     parser.add_argument("--prompts", type=int, default=200, help="per task")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--trees", nargs="+", default=["best:32", "cartesian:2"])
-    parser.add_argument("--placements", nargs="+", default=["deferred", "inline"])
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def main():
                 replay(g[counts[shape]], tokens, shape, args.max_tokens, stop).passes
                 for g, tokens in zip(guesses, expected, strict=True)
             ]
-            for placement in args.placements:
+            for placement in placements(seams.streams.config):
                 same, passes, tic = 0, [], time.perf_counter()
                 for prompt, tokens in zip(prompts, expected, strict=True):
                     out = list(

@@ -48,6 +48,10 @@ NAMES = (
     ("condition.state.weight", "condition.c", True),
     ("condition.bias", "condition.d", False),
     ("condition.out.weight", "condition.b", True),
+    ("root.embedding.weight", "root.a", True),
+    ("root.state.weight", "root.c", True),
+    ("root.bias", "root.d", False),
+    ("root.out.weight", "root.b", True),
     (VOCABULARY, VOCABULARY, False),
 )
 
@@ -165,7 +169,8 @@ def sizes_in(tensors: dict[str, mx.array], config: StreamConfig) -> dict[str, An
     last = {name: value.shape[-1] for name, value in tensors.items() if value.ndim}
     widths = [
         *(last.get("stream_embeddings.weight"), last.get("stream_init.lora_A.weight")),
-        *(last.get("early_exit.lora_A.weight"), last.get("condition.state.weight"), 1),
+        *(last.get("early_exit.lora_A.weight"), last.get("condition.state.weight")),
+        *(last.get("root.state.weight"), 1),
     ]
     shapes: list[dict[str, tuple[int, int]]] = [{} for _ in range(config.msa_layers)]
     for name, value in tensors.items():
@@ -174,7 +179,7 @@ def sizes_in(tensors: dict[str, mx.array], config: StreamConfig) -> dict[str, An
         if found and int(found[1]) < len(shapes) and other is not None:
             shapes[int(found[1])][found[2]] = (value.shape[-1], other.shape[0])
     width = next(size for size in widths if size)
-    narrow = last.get("condition.embedding.weight", width)
+    narrow = last.get("condition.embedding.weight", last.get("root.embedding.weight", width))
     return {"width": width, "shapes": shapes, "token_width": narrow}
 
 

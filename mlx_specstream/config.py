@@ -32,6 +32,9 @@ class StreamConfig:
         prune_rank: rank theta of the early-exit head for tree pruning; 0 means none.
         condition_rank: rank of the map that corrects a stream's guess by the token that was guessed
             (or, for the first stream, chosen) before it; 0 means none.
+        root_rank: rank of the map that tells all streams of a host, where they begin, which token was
+            chosen there (the root); 0 means none. A row inside a tree has no root yet, so such
+            streams are deferred, and ``main_sees_streams`` must be False.
 
     Raises:
         BadArgument: a value breaks its rule.
@@ -48,6 +51,7 @@ class StreamConfig:
     value_rotation: float = 0.0
     prune_rank: int = 0
     condition_rank: int = 0
+    root_rank: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
@@ -58,6 +62,7 @@ class StreamConfig:
             ("init_rank", 0),
             ("prune_rank", 0),
             ("condition_rank", 0),
+            ("root_rank", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -67,6 +72,11 @@ class StreamConfig:
         if not isinstance(self.main_sees_streams, bool):
             raise BadArgument(
                 f"[StreamConfig] 'main_sees_streams' must be true or false, got {self.main_sees_streams!r}."
+            )
+        if self.root_rank and self.main_sees_streams:
+            raise BadArgument(
+                f"[StreamConfig] 'root_rank' must be 0 with 'main_sees_streams', got {self.root_rank}: "
+                "there streams run before their root is chosen."
             )
         for name in ("lora_alpha", "value_rotation"):
             value = getattr(self, name)
@@ -93,13 +103,21 @@ class StreamConfig:
         return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "lora_targets": list(self.lora_targets)}
+        """The fields; without ``root_rank`` where there is none, as in files from before it."""
+        found = {**asdict(self), "lora_targets": list(self.lora_targets)}
+        if not self.root_rank:
+            del found["root_rank"]
+        return found
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> StreamConfig:
-        """Strict: our own format, so an unknown key is an error, not something to skip."""
+        """Strict: our own format, so an unknown key is an error, not something to skip.
+
+        Files from before ``root_rank`` lack it: they have none.
+        """
         known = {f.name for f in fields(cls)}
-        unknown, missing = sorted(set(data) - known), sorted(known - set(data))
+        unknown = sorted(set(data) - known)
+        missing = sorted(known - {"root_rank"} - set(data))
         if unknown or missing:
             raise BadArgument(
                 f"[StreamConfig] keys must be exactly {sorted(known)}; unknown {unknown}, missing {missing}."

@@ -178,18 +178,26 @@ class Reference:
 
         hidden: the streams' last states, gamma x [E].
         """
-        said, s = [], {n.removeprefix("condition."): x for n, x in self.s.items()}
+        said = []
         for j, h in enumerate(hidden):
-            rms, rows = np.sqrt(np.mean(h * h)), []
-            for before in self.w["model.embed_tokens.weight"]:
-                if j == 0:
-                    before = self.w["model.embed_tokens.weight"][root]
-                e = before / np.sqrt(np.mean(before * before))
-                u = e @ s["a"][j] + (h / rms) @ s["c"][j] + s["d"][j, 0]
-                x = h + rms * (u / (1 + np.exp(-u))) @ s["b"][j]
-                rows.append(self.log_probs(x, self.heat[j]))
-            said.append(rows)
+            before = [root if j == 0 else token for token in range(len(self.w["lm_head.weight"]))]
+            rows = [self.told("condition", j, h, token) for token in before]
+            said.append([self.log_probs(x, self.heat[j]) for x in rows])
         return np.array(said)
+
+    def told(self, name, j, h, token):
+        """State h of stream j corrected by a token: h + RMS(h) silu(e A_j + h C_j + d_j) B_j."""
+        e, rms = self.w["model.embed_tokens.weight"][token], np.sqrt(np.mean(h * h))
+        a, b, c, d = (self.s[f"{name}.{x}"][j] for x in "abcd")
+        u = e / np.sqrt(np.mean(e * e)) @ a + (h / rms) @ c + d[0]
+        return h + rms * (u / (1 + np.exp(-u))) @ b
+
+    def choices(self, rows):
+        """What the main stream chooses at rows at the cut."""
+        rows = [dict(row) for row in rows]
+        for i in range(self.cut, self.N):
+            self.layer(i, rows)
+        return [int(np.argmax(self.log_probs(row["x"]))) for row in rows]
 
     def prune(self, paths, rows, keep, threshold):
         """Early exit (method 1.6): which paths stay, by P(child | parent) at the cut."""
@@ -226,10 +234,13 @@ class Reference:
         if keep is not None or threshold is not None:
             kept = self.prune(paths, rows, keep, threshold)
         rows = main_rows(kept, [rows[paths.index(p)]["x"] for p in kept])
+        roots = self.choices(rows) if "root.a" in self.s else None
         for r in range(len(kept)):
             host, own = rows[r], []
             for j in range(1, self.gamma + 1):
                 x = host["x"]
+                if roots is not None:
+                    x = self.told("root", 0, x, roots[r])
                 if "init.a" in self.s:
                     x = x + (x @ self.s["init.a"]) @ self.s["init.b"]
                 if not self.epsilon:

@@ -22,7 +22,7 @@ from mlx_specstream.model.projections import embedding_of
 from mlx_specstream.model.seams import attach
 from mlx_specstream.train.data import Example, make_batch
 from mlx_specstream.train.loss import evaluate, given_text, stream_losses
-from mlx_specstream.train.passes import base_pass, stream_hidden
+from mlx_specstream.train.passes import base_pass, following, stream_hidden
 from mlx_specstream.train.session import train_streams
 from mlx_specstream.train.trainer import TrainConfig
 
@@ -160,7 +160,7 @@ def test_training_says_what_decoding_says():
     """Teacher-forced states given the text are the decoder's, below the root and below guesses."""
     seams, batch = attached(**STREAMS), batch_of()
     tokens, hosts = mx.array(batch.tokens), mx.array(batch.hosts)
-    hidden = stream_hidden(seams, *base_pass(seams, tokens), hosts)
+    hidden = stream_hidden(seams, *base_pass(seams, tokens), hosts, following(tokens, hosts))
     told = seams.head(given_text(seams, hidden, tokens, hosts))
     P = hosts.shape[1]
     for row, at in ((0, 0), (0, 2), (1, 0)):

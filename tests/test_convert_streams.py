@@ -28,7 +28,10 @@ def our_logits(model, tokens: list[int]) -> dict:
     """What `torch_twin.twin` gives, from our seams."""
     seams, L = seams_of(model), len(tokens)
     streams, ids = seams.streams, mx.array([tokens])
-    run = Pass(causal_rows(0, L), at_cut=seams.add_streams)
+    roots = mx.concatenate([ids[:, 1:], ids[:, -1:]], axis=1)
+    run = Pass(
+        causal_rows(0, L), at_cut=lambda hidden, rows: seams.add_streams(hidden, rows, roots)
+    )
     logits = seams.forward(run, ids)[0]
     g = streams.config.num_streams
     found = {"main": logits[:L], "streams": logits[L:].reshape(g, L, -1)}
@@ -103,7 +106,7 @@ def both(tmp_path):
     def make(name="llama", **settings):
         model = make_model(name)
         config = {"num_streams": 3, "msa_layers": 2, "lora_rank": 6, "init_rank": 5}
-        config |= {"prune_rank": 7, "condition_rank": 9, **settings}
+        config |= {"prune_rank": 7, "condition_rank": 9, "root_rank": 8, **settings}
         streams = make_streams(model, StreamConfig(**config))
         streams.draft_vocabulary = np.array([3, 11, 40], np.int32)
         streams.temperatures = np.array([0.7, 1.1, 2.3], np.float32)
@@ -161,7 +164,8 @@ def test_pytorch_gets_its_own_names_and_shapes(both, tmp_path):
     assert shapes["condition.embedding.weight"] == (3, 9, 64)
     assert shapes["condition.out.weight"] == (3, 64, 9)
     assert shapes["condition.bias"] == (3, 1, 9)
-    assert len(shapes) == 1 + 2 * 7 * 2 + 2 + 2 + 4 + 1
+    assert shapes["root.state.weight"] == (1, 8, 64)
+    assert len(shapes) == 1 + 2 * 7 * 2 + 2 + 2 + 4 + 4 + 1
     assert json.loads(about["stream_config"])["num_streams"] == 3
     assert about["format"] == "pt"
     ours = mx.load(str(streams / "streams.safetensors"))

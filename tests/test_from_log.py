@@ -213,14 +213,19 @@ def test_what_cannot_be_learned_from(base, data, used, tmp_path, capsys):  # noq
         assert says in err, err
     model = make_model()
     few = add_answers(tmp_path / "few", model, make_tokenizer(), PROMPTS[: LEAST - 1])
-    assert run(capsys, *command(base, data, streams, "--iters", "1"))[0] == 0
+    argv = [*command(base, data, streams, "--iters", "1"), "--root-rank", "0"]
+    assert run(capsys, *argv)[0] == 0
+    argv = ["train", "--model", base, "--from-log", used, "--streams", streams]
+    code, err = run(capsys, *argv, "--root-rank", "5")
+    assert code == 2
+    assert "[root_rank] must stay 0 with --from-log, got 5" in err
     code, err = run(capsys, "train", "--model", base, "--streams", streams, "--from-log", few)
     assert code == 2
     assert f"{LEAST} to several prompts are needed" in err
     description = json.loads((streams / "streams.json").read_text())
     description["config"]["main_sees_streams"] = True
     (streams / "streams.json").write_text(json.dumps(description))
-    code, err = run(capsys, *argv, "--streams", streams)
+    code, err = run(capsys, *argv)
     assert code == 2
     assert "would change what it says" in err
 

@@ -68,6 +68,7 @@ def plain(seams, chooser=None):
     [
         {},
         {"condition_rank": 5},
+        {"condition_rank": 5, "root_rank": 6},
         {"init_rank": 3, "stream_position": "t"},
         {"value_rotation": 0.3, "lora_rank": 0},
     ],
@@ -92,8 +93,9 @@ def test_the_first_streams_say_what_they_say_beside_the_others(options, compilin
     assert checked == {2, None, 1, 3}
 
 
-def test_a_drawn_text_is_the_same_and_so_are_its_drafts():
-    seams, found = attached(num_streams=4, condition_rank=5), {}
+@pytest.mark.parametrize("root_rank", [0, 6])
+def test_a_drawn_text_is_the_same_and_so_are_its_drafts(root_rank):
+    seams, found = attached(num_streams=4, condition_rank=5, root_rank=root_rank), {}
     for gammas in ((3, 1), (None,)):
         chooser = Drawn(TemperatureSampler(0.9), 11)
         answer, places, _, guessed = decoded(seams, gammas, chooser)

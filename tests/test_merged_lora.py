@@ -24,8 +24,9 @@ def stream_logits(seams, decoding=True, changed=None):
     run = Pass(causal_rows(0, len(PROMPT)))
     seams.forward(run, mx.array([PROMPT]), cache)
     hosts = mx.array([[len(PROMPT) - 1]])
-    hidden = run.cut_hidden[:, -1:]
-    return seams.head(seams.run_streams(hidden, hosts, cache, decoding=decoding).last_hidden)[0]
+    hidden, roots = run.cut_hidden[:, -1:], mx.array([[7]])
+    run = seams.run_streams(hidden, hosts, roots, cache, decoding=decoding)
+    return seams.head(run.last_hidden)[0]
 
 
 def spoil(seams):

@@ -13,6 +13,7 @@ import pytest
 
 from mlx_specstream import blas, load, stream_generate
 from mlx_specstream.converters import convert
+from mlx_specstream.decode.plan import placements
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.measure.simulate import guesses_by_count, replay
 from mlx_specstream.model.seams import seams_of
@@ -57,7 +58,7 @@ def test_same_tokens_as_mlx_lm_and_as_many_passes_as_simulated(shared, converted
             for tree, shape in shapes.items()
         }
         for tree in TREES:
-            for placement in ("deferred", "inline"):
+            for placement in placements(seams.streams.config):
                 out = list(
                     stream_generate(
                         model,

@@ -111,6 +111,20 @@ def test_conditioned_steps_equal_the_oracle(tree, placement, monkeypatch):
         assert sum(n for n, _, _ in lengths) > len(lengths), "nothing was accepted"
 
 
+@pytest.mark.parametrize(
+    "options", [{"condition_rank": 6, "init_rank": 3}, {}], ids=["conditioned", ""]
+)
+def test_steps_of_streams_that_know_their_root_equal_the_oracle(options, monkeypatch):
+    monkeypatch.setattr(step, "WIDE", SIZES["vocab_size"])
+    seams, reference = both(seed=8, root_rank=9, **options)
+    lengths = check_steps(seams, reference, "best:24", "deferred", steps=5)
+    assert sum(n for n, _, _ in lengths) > len(lengths), "nothing was accepted"
+    seams, reference = both(seed=8, root_rank=9, **options)
+    reference.choices = lambda rows: [3] * len(rows)  # another root
+    with pytest.raises(AssertionError):
+        check_steps(seams, reference, "best:24", "deferred", steps=5)
+
+
 @pytest.mark.parametrize("placement", ["inline", "deferred"])
 @pytest.mark.parametrize("tree", ["chain", "cartesian:3", "best:24"])
 def test_steps_equal_the_oracle(tree, placement):

@@ -18,10 +18,13 @@ sys.path.append(str(STUDY))
 import headline  # noqa: E402
 import medusa  # noqa: E402
 import study  # noqa: E402
+from train_all import LOSSLESS  # noqa: E402
 
+from mlx_specstream.config import StreamConfig  # noqa: E402
 from mlx_specstream.decode.costs import Costs  # noqa: E402
 from mlx_specstream.generate import stream_generate  # noqa: E402
 from mlx_specstream.measure.evaluate import replayed  # noqa: E402
+from mlx_specstream.model.streams import Streams  # noqa: E402
 from mlx_specstream.train.config import TrainConfig  # noqa: E402
 from mlx_specstream.train.data import Example  # noqa: E402
 from mlx_specstream.train.trainer import Trainer  # noqa: E402
@@ -55,7 +58,7 @@ def test_heads_compute_what_the_paper_says(shared_head):
         matrix = medusa.head_matrix(model).T if shared_head else heads.u[j]
         want.append(x @ np.array(matrix, np.float64))
     hidden, stores = medusa_pass(seams)
-    run = seams.run_streams(hidden, mx.arange(5)[None], stores)
+    run = seams.run_streams(hidden, mx.arange(5)[None], mx.array([PROMPT]), stores)
     got = seams.head(run.last_hidden)[0].reshape(3, 5, -1)
     assert_close(got, np.stack(want), 1e-5)
 
@@ -111,9 +114,22 @@ def test_a_run_is_made_once_and_goes_on_after_a_kill(tmp_path):
     for _ in range(2):
         study.finish([run])
     assert (tmp_path / "run/log").read_text() == ";--resume;"
+    other = study.Run(run.folder, [*run.command, "--seed", "1"], "made", 1)
+    with pytest.raises(SystemExit, match="another command"):
+        study.finish([other])
     lost = study.Run(tmp_path / "x", run.command, "made", 1, needs=[tmp_path / "nothing"])
     with pytest.raises(SystemExit, match="nothing is missing"):
         study.finish([lost])
+
+
+@pytest.mark.parametrize(("row", "most"), [("small", 50_000), ("best", 1_000_000)])
+def test_rows_are_as_small_as_they_say(row, most):
+    shapes = {**dict.fromkeys(("q_proj", "o_proj"), (384, 384)), "down_proj": (1024, 384)}
+    shapes |= dict.fromkeys(("k_proj", "v_proj"), (384, 128))
+    shapes |= dict.fromkeys(("gate_proj", "up_proj"), (384, 1024))
+    config = StreamConfig(**LOSSLESS[row])
+    streams = Streams(config, 384, [shapes] * config.msa_layers)
+    assert most / 2 < sum(v.size for _, v in tree_flatten(streams.parameters())) <= most
 
 
 def test_flags():

@@ -77,7 +77,9 @@ def streams_of(model, **settings):
 def deferred_logits(model, tokens, hosts):
     """[g, P, V] of our deferred streams, as training and decoding place them."""
     seams = seams_of(model)
-    hidden = passes.stream_hidden(seams, *passes.base_pass(seams, mx.array([tokens])), hosts)
+    tokens = mx.array([tokens])
+    roots = passes.following(tokens, hosts)
+    hidden = passes.stream_hidden(seams, *passes.base_pass(seams, tokens), hosts, roots)
     g = seams.streams.config.num_streams
     return seams.head(hidden)[0].reshape(g, hosts.shape[1], -1)
 

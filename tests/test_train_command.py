@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +28,7 @@ from mlx_specstream.train import trainer as trainer_of
 from mlx_specstream.train.data import read_examples
 from mlx_specstream.train.health import WINDOW, Health
 from mlx_specstream.train.loss import evaluate
-from mlx_specstream.train.presets import PRESETS, learning_rate
+from mlx_specstream.train.presets import PRESETS, learning_rate, msa_layers
 from mlx_specstream.train.record import RECORD
 from mlx_specstream.train.trainer import CHECKPOINT
 
@@ -369,17 +370,14 @@ def test_presets_and_what_wins_over_them(base, data, tmp_path, capsys):
     description = read_description(tmp_path / "streams")
     streams, config = description["config"], description["training"]["config"]
     assert (streams.lora_rank, streams.lora_alpha, streams.num_streams) == (5, 5.0, 3)
-    assert (streams.condition_rank, streams.msa_layers) == (16, 1)
+    assert (streams.condition_rank, streams.root_rank, streams.msa_layers) == (16, 16, 2)
     assert (config["iters"], config["batch_size"], config["eval_every"]) == (2, 3, 2)
     assert config["learning_rate"] == 1e-3
 
 
 def test_what_follows_from_the_size_of_a_model():
     assert [learning_rate(width) for width in (64, 384, 1536, 4096)] == [1e-3, 1e-3, 5e-4, 3.1e-4]
-    layers = {n: [p.msa_layers(n) for p in PRESETS.values()] for n in (5, 8, 16, 32, 80)}
-    assert layers == {
-        5: [1, 1, 1], 8: [1, 1, 1], 16: [1, 2, 2], 32: [2, 4, 4], 80: [4, 4, 4],
-    }  # fmt: skip
+    assert {n: msa_layers(n) for n in (1, 5, 8, 32)} == {1: 1, 5: 2, 8: 4, 32: 4}
 
 
 def test_a_model_of_one_mask_per_batch_takes_its_rows_one_by_one(data, tmp_path, capsys):
@@ -403,3 +401,10 @@ def test_help_says_what_presets_mean(capsys):
     for name, preset in PRESETS.items():
         assert f"{name}: {preset.iters} steps" in text
         assert f"LoRA rank {preset.lora_rank}" in text
+
+
+def test_the_docs_have_the_presets_as_they_are():
+    text = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    for name, p in PRESETS.items():
+        cells = (p.iters, p.batch_size, p.num_streams, p.lora_rank, p.condition_rank, p.root_rank)
+        assert f"| `{name}` | " + " | ".join(map(str, cells)) + " | " in text

@@ -33,12 +33,16 @@ from mlx_specstream.measure.rows import measure_costs
 from mlx_specstream.model.seams import seams_of
 from mlx_specstream.train.data import Example, read_examples
 
-DEFAULT = {"num_streams": 4, "msa_layers": 1, "lora_rank": 32, "condition_rank": 0, "seed": 0}
+DEFAULT = {
+    **{"num_streams": 4, "msa_layers": 1, "lora_rank": 32, "condition_rank": 0, "root_rank": 0},
+    "seed": 0,
+}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 # curve -> what it changes: x (or a name) -> flags of ``mlx-specstream train``
 CURVES: dict[str, dict] = {
     "gamma": {n: {"num_streams": n} for n in range(1, 7)},
     "Ns": {n: {"msa_layers": n} for n in range(1, 9)},
+    "Ns, told the root": {n: {"msa_layers": n, "root_rank": 32} for n in range(1, 7)},
     "LoRA rank": {r: {"lora_rank": r} for r in (0, 2, 4, 8, 16, 32, 64)},
     "LoRA placement": {
         "all": {},
@@ -176,7 +180,10 @@ def pruned(model, tokenizer, prompts, max_tokens: int) -> dict[str, dict]:
 def geometry(seams) -> str:
     """What the cost of streams depends on; a LoRA is merged into the weights."""
     c = seams.streams.config
-    return f"g{c.num_streams} Ns{c.msa_layers} c{c.condition_rank} e{bool(c.value_rotation):d}"
+    root = f" r{c.root_rank}" if c.root_rank else ""
+    return (
+        f"g{c.num_streams} Ns{c.msa_layers} c{c.condition_rank} e{bool(c.value_rotation):d}{root}"
+    )
 
 
 def speeds(point: dict, costs: Costs, context: int) -> dict[str, float]:

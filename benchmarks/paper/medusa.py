@@ -74,7 +74,9 @@ class MedusaSeams(Seams):
             run.cut_hidden = run.last_hidden
         return logits
 
-    def run_streams(self, host_hidden, hosts, stores, prefix=None, decoding=False, gamma=None):
+    def run_streams(
+        self, host_hidden, hosts, roots, stores, prefix=None, decoding=False, gamma=None
+    ):
         """States of the heads [B, g * P, E] of hosts whose last hidden states are [B, P, E]."""
         states = self.streams.states(self.model.model.norm(host_hidden))[:, :gamma]
         return SimpleNamespace(last_hidden=states.flatten(1, 2).astype(host_hidden.dtype))

@@ -36,6 +36,7 @@ from mlx_specstream.train.trainer import CHECKPOINT  # noqa: E402
 
 __all__ = ["FORMS", "mlx_specstream"]
 RESULTS = HERE.parent / "results/paper"
+COMMAND = "command.txt"
 MOST_NODES = 32  # of a tree in the tables
 BEST = f"best:{MOST_NODES}"
 
@@ -100,7 +101,8 @@ class Run:
     """A training run, in a process of its own.
 
     Args:
-        folder: where it goes; a checkpoint in it means that a killed run is to go on.
+        folder: where it goes; a checkpoint in it means that a killed run is to go on. What it is made
+            by is noted there, so that nothing made by another command is taken for it.
         command: without ``--resume``.
         made: the file in ``folder`` that is there when it is finished.
         minutes: what it is given, where that is a time.
@@ -117,7 +119,19 @@ class Run:
 
     @property
     def done(self) -> bool:
+        note = self.folder / COMMAND
+        if note.exists() and note.read_text(encoding="utf-8") != self._noted:
+            sys.exit(f"{self.folder} was made by another command (its {COMMAND}); remove it")
         return (self.folder / self.made).exists()
+
+    @property
+    def _noted(self) -> str:
+        return " ".join(self.command[1:]) + "\n"  # whatever Python runs it
+
+    def begin(self) -> None:
+        """Make the folder and note the command in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / COMMAND, self._noted)
 
 
 def finish(runs: Iterable[Run], dry: bool = False) -> None:
@@ -135,7 +149,7 @@ def finish(runs: Iterable[Run], dry: bool = False) -> None:
         for path in run.needs:
             if not path.exists():
                 sys.exit(f"{path} is missing: run prepare.py")
-        run.folder.mkdir(parents=True, exist_ok=True)
+        run.begin()
         with open(run.folder / "train.log", "a", encoding="utf-8") as log:
             if subprocess.run(command, stdout=log, stderr=log).returncode:
                 sys.exit(f"it failed; see {run.folder / 'train.log'}")

@@ -12,12 +12,19 @@ from pathlib import Path
 
 from study import Run, script_command, train_command
 
-# What the rows are; sizes on this base (hidden 384, one MSA layer: 6,784 parameters per rank of LoRA).
+# What the rows are; sizes on this base (hidden 384): 6,784 parameters per rank of LoRA and layer, per
+# stream and rank of conditioning 1,153, per rank of the root 1,153, and 384 per stream.
 LOSSLESS = {
-    # at most 50 k parameters: 1,536 + 4 * 6,784 + 4 * 4,612 = 47,120
-    "small": {"num_streams": 4, "msa_layers": 1, "lora_rank": 4, "condition_rank": 4},
-    # at most 4 MB: 2,304 + 64 * 6,784 + 64 * 6,918 = 879,232 numbers, 3.5 MB
-    "best": {"num_streams": 6, "msa_layers": 1, "lora_rank": 64, "condition_rank": 64},
+    # at most 50 k parameters: 1,536 + 4 * 6,784 + 4 * 3 * 1,153 + 4 * 1,153 = 47,120
+    "small": {
+        **{"num_streams": 4, "msa_layers": 4, "lora_rank": 1},
+        **{"condition_rank": 3, "root_rank": 4},
+    },
+    # at most 4 MB: 2,304 + 4 * 16 * 6,784 + 6 * 64 * 1,153 + 64 * 1,153 = 953,024 numbers, 3.8 MB
+    "best": {
+        **{"num_streams": 6, "msa_layers": 4, "lora_rank": 16},
+        **{"condition_rank": 64, "root_rank": 64},
+    },
 }
 SHARED = {
     "shared-v1": {"mode": "shared", "num_streams": 4, "msa_layers": 2, "lora_rank": 32},

@@ -42,6 +42,7 @@ class StreamConfig:
     value_rotation: float = 0.0
     prune_rank: int = 0
     condition_rank: int = 0
+    root_rank: int = 0
 
 
 class LowRank(nn.Module):
@@ -68,7 +69,8 @@ class Weight(nn.Module):
 
 
 class Condition(nn.Module):
-    """h <- h + RMS(h) silu(e A_j + h C_j + d_j) B_j: the guess, given the token before it (e)."""
+    """h <- h + RMS(h) silu(e A_j + h C_j + d_j) B_j: the guess, given the token before it (e), or where
+    all streams of a host begin, given the token chosen there."""
 
     def __init__(self, num_streams: int, width: int, rank: int):
         super().__init__()
@@ -78,7 +80,7 @@ class Condition(nn.Module):
         self.out = Weight(num_streams, width, rank)
 
     def forward(self, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Last states of streams and embeddings of the tokens before, both [B, g, P, E]."""
+        """States and embeddings of the tokens before, both [B, g, P, E]."""
         h, e = hidden.float(), before.float()
         rms = rms_of(h)
         inside = (e / rms_of(e)) @ self.embedding.weight.mT + (h / rms) @ self.state.weight.mT
@@ -106,6 +108,8 @@ class Streams(nn.Module):
             self.early_exit = LowRank(width, width, config.prune_rank)
         if config.condition_rank:
             self.condition = Condition(g, width, config.condition_rank)
+        if config.root_rank:
+            self.root = Condition(1, width, config.root_rank)
         if config.lora_rank:
             self.msa_layers = nn.ModuleList(
                 nn.ModuleDict(
@@ -117,9 +121,13 @@ class Streams(nn.Module):
                 for layer in layers
             )
 
-    def begin(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Eq. 3: hidden M^{N-Ns} [B, P, E] -> streams [B, g * P, E], stream-major."""
+    def begin(self, hidden: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+        """Eq. 3: hidden M^{N-Ns} [B, P, E] -> streams [B, g * P, E], stream-major.
+
+        root: embeddings of the tokens that the text has behind these hosts [B, P, E]."""
         g = self.config.num_streams
+        if self.config.root_rank:
+            hidden = self.root(hidden[:, None], root[:, None])[:, 0]
         start = hidden + self.stream_init(hidden) if self.config.init_rank else hidden
         start = start[:, None].expand(-1, g, -1, -1)
         if not self.config.value_rotation:
@@ -238,7 +246,8 @@ class StreamingModel:
         rows = main_rows(L, tokens.device)
         cut = self._lower(tokens, rows)
         every = rows.and_then(stream_rows(rows.place, g))
-        entering = torch.cat([cut, self.streams.begin(cut)], 1)
+        roots = self.inner.embed_tokens(torch.cat([tokens[:, 1:], tokens[:, -1:]], 1))
+        entering = torch.cat([cut, self.streams.begin(cut, roots)], 1)
         last = self._run(range(self.cut, self.depth), entering, every, every, first=L)
         return States(cut, last[:, :L], last[:, L:].unflatten(1, (g, L)))
 
@@ -255,7 +264,8 @@ class StreamingModel:
             cut = self._lower(tokens, rows)
             main = self._run(upper, cut, rows, rows, cache=cache)
         own = stream_rows(hosts, self.config.num_streams)
-        begin = self.streams.begin(pick(cut, hosts))
+        roots = tokens.gather(1, (hosts + 1).clamp(max=tokens.shape[1] - 1))
+        begin = self.streams.begin(pick(cut, hosts), self.inner.embed_tokens(roots))
         last = self._run(upper, begin, own, rows.and_then(own), first=0, cache=cache)
         return States(cut, main, last.unflatten(1, (self.config.num_streams, hosts.shape[1])))
 

@@ -238,11 +238,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for the streams")
     parser.add_argument("--num-streams", type=int, default=4, help="gamma")
-    parser.add_argument("--msa-layers", type=int, help="Ns (an eighth of the layers, at most 4)")
-    parser.add_argument("--lora-rank", type=int, default=32)
+    parser.add_argument("--msa-layers", type=int, help="Ns (half of the layers, at most 4)")
+    parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--lora-alpha", type=float, help="default: the rank")
     parser.add_argument("--lora-targets", nargs="+", choices=PROJECTIONS, default=PROJECTIONS)
     parser.add_argument("--condition-rank", type=int, default=32, help="of conditioned drafts")
+    parser.add_argument("--root-rank", type=int, default=32, help="of streams that know their root")
     parser.add_argument("--target", choices=("hard", "distill"), default="hard")
     parser.add_argument("--iters", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="train for this long instead of --iters")
@@ -271,11 +272,12 @@ def main(argv: list[str] | None = None) -> Path:
         args.learning_rate = MEASURED_RATE * min(1, MEASURED_WIDTH / base.config.hidden_size) ** 0.5
     config = StreamConfig(
         num_streams=args.num_streams,
-        msa_layers=args.msa_layers or max(1, min(4, layers // 8)),
+        msa_layers=args.msa_layers or max(1, min(4, layers // 2)),
         lora_rank=args.lora_rank,
         lora_alpha=float(args.lora_rank if args.lora_alpha is None else args.lora_alpha),
         lora_targets=tuple(args.lora_targets),
         condition_rank=args.condition_rank,
+        root_rank=args.root_rank,
     )
     model = StreamingModel(base, Streams(base, config).to(args.device))
     examples = read(args.data / "train.jsonl", tokenizer, args.max_seq_length)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import StreamConfig
 from ..errors import BadArgument
-from ..train.presets import PRESETS, PRUNE_RANK, every, learning_rate
+from ..train.presets import PRESETS, PRUNE_RANK, every, learning_rate, msa_layers
 from . import options, train_online
 from .train_arguments import add_arguments as add_arguments
 from .train_display import ProgressDisplay
@@ -136,9 +136,10 @@ def stream_config(
     else:
         found = {
             "num_streams": preset.num_streams,
-            "msa_layers": preset.msa_layers(layers),
+            "msa_layers": msa_layers(layers),
             "lora_rank": preset.lora_rank,
             "condition_rank": 0 if shared else preset.condition_rank,
+            "root_rank": 0 if shared else preset.root_rank,
         }
     if not args.main_sees_streams and begin_from is not None:
         given.pop("main_sees_streams")
@@ -179,7 +180,7 @@ def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):
     given = {name: getattr(args, name) for name in RUN if getattr(args, name) is not None}
     fine_tune = None
     if args.mode == "shared":
-        rank = preset.lora_rank if args.lora_rank is None else args.lora_rank
+        rank = FineTune.rank if args.lora_rank is None else args.lora_rank
         alpha = float(rank) if args.lora_alpha is None else args.lora_alpha
         number = -1 if args.num_layers is None else args.num_layers
         targets = {} if args.lora_targets is None else {"targets": tuple(args.lora_targets)}

@@ -176,10 +176,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape = parser.add_argument_group("streams")
     shape.add_argument("--num-streams", type=int, help="gamma (default: the preset's)")
-    shape.add_argument(
-        "--msa-layers", type=int, help="Ns (default: the preset's share of the layers, at most 4)"
-    )
-    shape.add_argument("--lora-rank", type=int, help="0: none (default: the preset's)")
+    shape.add_argument("--msa-layers", type=int, help="Ns (default: half of the layers, at most 4)")
+    shape.add_argument("--lora-rank", type=int, help="0: none (default: the preset's; shared: 32)")
     shape.add_argument("--lora-alpha", type=float, help="default: the rank")
     shape.add_argument("--lora-targets", nargs="+", choices=PROJECTIONS, help="default: all")
     shape.add_argument(
@@ -199,6 +197,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="rank of the map that corrects a guess by the token before it; 0: none (default: the "
         "preset's; shared: 0)",
+    )
+    shape.add_argument(
+        "--root-rank",
+        type=int,
+        help="rank of the map that tells all streams, where they begin, which token was chosen before "
+        "them; such streams are never inline; 0: none (default: the preset's; shared: 0)",
     )
     shape.add_argument(
         "--value-rotation",

@@ -43,6 +43,7 @@ def learn(args: argparse.Namespace) -> None:
     """Train on the log, in ``online`` beside the streams; put the result in use if it is better."""
     from ..load import load_base, model_folder
     from ..measure.rehearsal import Rehearsal
+    from ..model.checkpoint import read_description
     from ..model.projections import hidden_size
     from ..train.identity import identity
     from ..train.log import read_log
@@ -59,6 +60,13 @@ def learn(args: argparse.Namespace) -> None:
     streams = args.streams or streams_of(folder)
     work = streams / WORK
     shape = train.stream_config(args, PRESETS["default"], 1, streams)
+    known = read_description(streams)["config"]
+    for name in train.SHAPE:
+        if getattr(shape, name) != getattr(known, name):
+            raise BadArgument(
+                f"[{name}] must stay {getattr(known, name)} with --from-log, got {getattr(shape, name)}: "
+                "other streams would have to be trained anew."
+            )
     if shape.main_sees_streams:
         raise BadCheckpoint(
             f"[train] the model sees its streams in {streams}: training them would change what it says."

@@ -209,6 +209,11 @@ def make_plan(
     if placement not in PLACEMENTS:
         raise BadArgument(f"[placement] must be one of {', '.join(PLACEMENTS)}; got '{placement}'.")
     if placement not in placements(config):
+        if placement == "inline":
+            raise BadArgument(
+                "[placement] 'inline' needs streams that begin before their root is chosen; these "
+                f"were trained with root_rank {config.root_rank}, use 'deferred'."
+            )
         raise BadArgument(
             "[placement] 'deferred' needs streams that the main stream does not see; these were "
             "trained with main_sees_streams, use 'inline'."
@@ -230,4 +235,6 @@ def make_plan(
 
 def placements(config: StreamConfig) -> tuple[str, ...]:
     """Where the streams of ``config`` may run, the cheaper one on most machines first."""
-    return ("inline",) if config.main_sees_streams else ("deferred", "inline")
+    if config.main_sees_streams:
+        return ("inline",)
+    return ("deferred",) if config.root_rank else ("deferred", "inline")

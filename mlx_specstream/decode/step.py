@@ -234,7 +234,8 @@ def stream_logits(
     if not shape.inline:
         stores = _stores(offset, bases, shape.lengths, keys, values)
         host = (offset - 1).reshape(1, 1)
-        run = seams.run_streams(hidden, host, stores, decoding=True, gamma=gamma)
+        roots = root.reshape(1, 1)
+        run = seams.run_streams(hidden, host, roots, stores, decoding=True, gamma=gamma)
         _hand_over(stores, keys, values)
         hidden = run.last_hidden
     if seams.streams.config.condition_rank:

@@ -22,7 +22,7 @@ from ..decode.compiling import compiled_at_once
 from ..decode.costs import Costs, gammas_below
 from ..decode.decoder import Decoder
 from ..decode.draft import Guesses
-from ..decode.plan import NextPass
+from ..decode.plan import NextPass, placements
 from ..decode.step import WIDE
 from ..decode.tree import TreeShape
 from ..errors import BadArgument
@@ -121,14 +121,15 @@ def measure_costs(
         Lower quartiles, in milliseconds.
     """
     has_streams = seams.streams is not None
-    deferrable = has_streams and not seams.streams.config.main_sees_streams
+    possible = placements(seams.streams.config) if has_streams else ()
+    deferrable, inline = "deferred" in possible, inline and "inline" in possible
     few: tuple[int, ...] = ()
     kinds = [_Script(n, False, False) for n in rows]
     if deferrable:
         kinds += [_Script(n, True, False) for n in rows]
         few = gammas_below(seams.streams.config.num_streams)
         kinds += [_Script(n, True, False, gamma) for n in rows[FEWER] for gamma in few]
-    if has_streams and (inline or not deferrable):
+    if inline or possible == ("inline",):
         kinds += [_Script(n, True, True) for n in rows if n <= 16]
     total, done = len(contexts) * (repeats + WARM_ROUNDS), count(1)
     stream = generation_stream  # memory is wired and passes queued as in decoding

@@ -61,7 +61,7 @@ def guesses_by_count(
     tokens = mx.array([[*prompt, *answer]])
     cut_hidden, stores = base_pass(seams, tokens)
     hosts = mx.arange(len(prompt) - 1, len(prompt) - 1 + len(answer))[None]
-    hidden = stream_hidden(seams, cut_hidden, stores, hosts)
+    hidden = stream_hidden(seams, cut_hidden, stores, hosts, mx.array([answer]))
     n, found = len(answer), {count: [] for count in counts}
     for i, root in enumerate(answer):
         of_host = hidden[:, i::n]

@@ -170,7 +170,9 @@ def read_description(folder: str | Path) -> dict[str, Any]:
             raise ValueError("sketch must be a list of numbers")
         temperatures_of(description)
     except (KeyError, TypeError, ValueError) as error:  # BadArgument is a ValueError
-        raise BadCheckpoint(f"[streams] {folder / DESCRIPTION} is damaged: {error}.") from None
+        raise BadCheckpoint(
+            f"[streams] {folder / DESCRIPTION} is damaged: {str(error).rstrip('.')}."
+        ) from None
     return description
 
 

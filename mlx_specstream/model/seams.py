@@ -250,8 +250,13 @@ class Seams:
         self._draft_head = tokens
         self.kept.clear()  # compiled passes hold the old rows, statistics are of the old drafts
 
-    def add_streams(self, hidden: mx.array, rows: Rows) -> tuple[mx.array, Rows]:
-        """Begin the streams beside every main row (an ``at_cut`` for inline passes)."""
+    def add_streams(
+        self, hidden: mx.array, rows: Rows, roots: mx.array | None = None
+    ) -> tuple[mx.array, Rows]:
+        """Begin the streams beside every main row (an ``at_cut`` for inline passes).
+
+        ``roots``: as in ``run_streams``, of every row; streams with ``root_rank`` cannot do without.
+        """
         config = self.streams.config
         rows = with_streams(
             rows,
@@ -259,12 +264,13 @@ class Seams:
             at_host=config.stream_position == "t",
             main_sees_streams=config.main_sees_streams,
         )
-        return mx.concatenate([hidden, self.streams.begin(hidden)], axis=1), rows
+        return mx.concatenate([hidden, self.streams.begin(hidden, self._told(roots))], axis=1), rows
 
     def run_streams(
         self,
         host_hidden: mx.array,
         hosts: mx.array,
+        roots: mx.array,
         stores: list,
         prefix: int | None = None,
         decoding: bool = False,
@@ -275,6 +281,7 @@ class Seams:
         Args:
             host_hidden: M^{N-Ns} of the hosts [B, P, E].
             hosts: their positions, int32 [B, P].
+            roots: the tokens chosen there, int32 [B, P]; read with ``root_rank`` only.
             stores: where the K/V of the main rows lie.
             prefix: as in ``stream_rows``.
             decoding: of ``Pass``.
@@ -290,10 +297,17 @@ class Seams:
             at_host=config.stream_position == "t",
             prefix=prefix,
         )
-        enters = self.streams.begin(host_hidden, gamma)
+        enters = self.streams.begin(host_hidden, self._told(roots), gamma)
         run = Pass(rows, first=self.cut, enters=enters, take=slice(0, 1), decoding=decoding)
         self.forward(run, stores=stores)
         return run
+
+    def _told(self, roots: mx.array | None) -> mx.array | None:
+        if not self.streams.config.root_rank:
+            return None
+        if roots is None:
+            raise ValueError("streams with root_rank cannot begin without their roots")
+        return embedding_of(self.model)(roots)
 
     def merge_lora(self, most_bytes: int) -> None:
         """Make weights with the LoRA in them for passes of streams alone.
@@ -319,12 +333,15 @@ class Seams:
     def logits(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """Main logits [B, L, V] and stream logits [B, g, L, V] at every position of tokens [B, L].
 
-        Row i predicts token i + 1; stream j of row i predicts token i + 1 + j.
+        Row i predicts token i + 1; stream j of row i predicts token i + 1 + j. With ``root_rank`` streams
+        also read token i + 1, which nobody knows of the last row: theirs are [B, g, L - 1, V].
         """
-        B, L = tokens.shape
-        run = Pass(causal_rows(0, L), at_cut=self.add_streams)
-        out = self.forward(run, tokens)
-        return out[:, :L], out[:, L:].reshape(B, self.streams.config.num_streams, L, -1)
+        (B, L), config = tokens.shape, self.streams.config
+        roots = mx.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
+        at_cut = lambda hidden, rows: self.add_streams(hidden, rows, roots)  # noqa: E731
+        out = self.forward(Pass(causal_rows(0, L), at_cut=at_cut), tokens)
+        of_streams = out[:, L:].reshape(B, config.num_streams, L, -1)
+        return out[:, :L], of_streams[:, :, : L - 1] if config.root_rank else of_streams
 
 
 def attach(model: nn.Module, streams: Streams | None = None) -> Seams:

@@ -10,8 +10,8 @@ position t there is the main stream M_t and gamma streams S_t1 .. S_tgamma:
 
 Who sees whom is a mask (``rows.py``); the layers are mlx-lm's (``seams.py``). What is left is here:
 the start of a stream (Eq. 3), the gated LoRA that only stream rows get, the rotation of values
-that can replace P_j, the low-rank early exit used for pruning, and (ours) the correction of a guess by
-the token before it.
+that can replace P_j, the low-rank early exit used for pruning, and (ours) two corrections: of a guess by
+the token before it, and of where streams begin by the root.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class LowRank(nn.Module):
 
 
 class Condition(nn.Module):
-    """Corrects a stream's last hidden state by the token that stands before its guess.
+    """Corrects hidden states by a token that they do not know of.
 
     Streams guess side by side: none knows which token was chosen for the one before it. With e the
-    embedding of that token and h the state of stream j, both over their RMS,
+    embedding of that token and h the last state of stream j, both over their RMS,
 
         h <- h + RMS(h) silu(e A_j + h C_j + d_j) B_j
 
     B_j = 0 at first, so that it begins as no correction. The scale follows the state's own, so the
-    same learning rate suits every model.
+    same learning rate suits every model. With ``num_streams`` 1 it is also what tells the streams of a
+    host their root: h is then M_t^{N-Ns}, and all layers above can make something of it.
     """
 
     def __init__(self, num_streams: int, width: int, rank: int, token_width: int):
@@ -105,6 +106,8 @@ class Streams(nn.Module):
             self.early_exit = LowRank(width, width, config.prune_rank)
         if config.condition_rank:
             self.condition = Condition(g, width, config.condition_rank, token_width or width)
+        if config.root_rank:
+            self.root = Condition(1, width, config.root_rank, token_width or width)
         if config.lora_rank:
             self.lora = [
                 {name: LowRank(*dims, config.lora_rank) for name, dims in layer.items()}
@@ -115,13 +118,21 @@ class Streams(nn.Module):
     def config(self) -> StreamConfig:
         return self._config
 
-    def begin(self, hidden: mx.array, gamma: int | None = None) -> mx.array:
+    def begin(
+        self, hidden: mx.array, root: mx.array | None = None, gamma: int | None = None
+    ) -> mx.array:
         """Eq. 3. hidden M^{N-Ns} [B, n, E] -> the first ``gamma`` streams [B, g * n, E], stream-major.
 
         ``f`` is the identity, or the identity plus a rank-eta map that starts at zero.
+
+        Args:
+            root: embeddings of the tokens chosen at these hosts [B, n, token width], with ``root_rank``.
         """
         B, n, E = hidden.shape
         g = gamma or self._config.num_streams
+        if self._config.root_rank:
+            known = self.root(hidden.reshape(1, B * n, E), root.reshape(1, B * n, -1))
+            hidden = known.reshape(B, n, E)
         start = hidden + self.init(hidden) if self._config.init_rank else hidden
         start = mx.broadcast_to(start[:, None], (B, g, n, E))
         if not self._config.value_rotation:

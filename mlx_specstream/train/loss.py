@@ -19,7 +19,7 @@ import numpy as np
 from ..model.projections import embedding_of
 from ..model.seams import Seams
 from .data import Batch
-from .passes import Hidden, main_pass, run_batch
+from .passes import Hidden, following, main_pass, run_batch
 
 HEAD_ELEMENTS = 1 << 24  # logits held at once per chunk of the head (64 MB in fp32)
 
@@ -47,7 +47,7 @@ def stream_losses(seams: Seams, batch: Batch, target: str = "hard", main: bool =
     hidden = run_batch(seams, batch)
     B, g, P = batch.targets.shape
     hosts, targets = mx.array(batch.hosts), mx.array(batch.targets.reshape(B, g * P))
-    loss, labels, exit_labels = hard_loss, targets, _following(batch.tokens, hosts)
+    loss, labels, exit_labels = hard_loss, targets, following(mx.array(batch.tokens), hosts)
     if target == "distill":
         loss = soft_loss
         labels, exit_labels = (_main_at(hidden, hosts, ahead) for ahead in (range(1, g + 1), [0]))
@@ -74,7 +74,7 @@ def exit_loss(seams: Seams, batch: Batch, target: str = "hard") -> mx.array:
     hidden = Hidden(passed.cut_hidden, passed.last_hidden, None)
     if target == "distill":
         return _exit_loss(seams, batch, hidden, soft_loss, _main_at(hidden, hosts, [0]))
-    return _exit_loss(seams, batch, hidden, hard_loss, _following(batch.tokens, hosts))
+    return _exit_loss(seams, batch, hidden, hard_loss, following(mx.array(batch.tokens), hosts))
 
 
 def _exit_loss(seams: Seams, batch: Batch, hidden: Hidden, loss: Callable, labels) -> mx.array:
@@ -176,10 +176,6 @@ def _main_at(hidden: Hidden, hosts: mx.array, ahead) -> mx.array:
     return mx.take_along_axis(hidden.main, rows[:, :, None], axis=1)
 
 
-def _following(tokens: np.ndarray, hosts: mx.array) -> mx.array:
-    return mx.take_along_axis(mx.array(tokens), hosts + 1, axis=1)
-
-
 def evaluate(
     seams: Seams, batches: list[Batch], top_k: int, main: bool = False
 ) -> dict[str, list[float]]:
@@ -218,7 +214,7 @@ def evaluate(
             main_total += count
         if seams.streams.config.prune_rank:
             rows = seams.streams.exit_hidden(_at_hosts(states.cut, hosts))
-            nll, rank = _judged(seams, rows, _following(batch.tokens, hosts))
+            nll, rank = _judged(seams, rows, following(mx.array(batch.tokens), hosts))
             used = valid[:, 0]
             exits += [((x * used).sum()).item() for x in (nll, rank < 1, mx.ones_like(nll))]
     total = np.maximum(total, 1)

@@ -58,7 +58,8 @@ def run_batch(seams: Seams, batch: Batch) -> Hidden:
     if seams.streams.config.main_sees_streams:
         return planned_pass(seams, tokens, hosts, batch.labels >= 0, batch.cut_hidden)
     main = main_pass(seams, tokens, batch.cut_hidden)
-    streams = stream_hidden(seams, main.cut_hidden, main.stores, hosts)
+    roots = following(tokens, hosts)
+    streams = stream_hidden(seams, main.cut_hidden, main.stores, hosts, roots)
     return Hidden(main.cut_hidden, main.last_hidden, streams)
 
 
@@ -88,10 +89,24 @@ def base_pass(seams: Seams, tokens: mx.array) -> tuple[mx.array, list]:
     return main.cut_hidden, main.stores
 
 
-def stream_hidden(seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.array) -> mx.array:
-    """Last hidden states of the streams of ``hosts`` [B, P] -> [B, g * P, E], stream-major."""
+def following(tokens: mx.array, hosts: mx.array) -> mx.array:
+    """The tokens [B, P] that the text [B, L] has behind hosts [B, P]: their roots.
+
+    Nobody knows that of the last row; there it is the row's own token.
+    """
+    return mx.take_along_axis(tokens, mx.minimum(hosts + 1, tokens.shape[1] - 1), axis=1)
+
+
+def stream_hidden(
+    seams: Seams, cut_hidden: mx.array, stores: list, hosts: mx.array, roots: mx.array
+) -> mx.array:
+    """Last hidden states of the streams of ``hosts`` [B, P] -> [B, g * P, E], stream-major.
+
+    Args:
+        roots: ``following`` them, int32 [B, P].
+    """
     at_hosts = mx.take_along_axis(cut_hidden, hosts[:, :, None], axis=1)  # [B, P, E]
-    run = seams.run_streams(at_hosts, hosts, stores, prefix=cut_hidden.shape[1])
+    run = seams.run_streams(at_hosts, hosts, roots, stores, prefix=cut_hidden.shape[1])
     return run.last_hidden
 
 

@@ -1,8 +1,9 @@
 """Presets: settings that go together, and what follows from the model's size. A leaf.
 
-Streams in an eighth of the layers (more layers cost more than they bring), six of them, conditioned
-drafts and LoRA of scale 1 at a rate of 1e-3 are what worked best on the 14 M model of docs/log.md (8
-layers of width 384). For other sizes the rate is scaled by the usual rule for LoRA, not by a measurement.
+Streams in four layers that are told their root (to look up what follows a token takes the layer where
+the base itself does so), six of them, conditioned drafts and LoRA of scale 1 at a rate of 1e-3 are what
+worked best on the 14 M model of docs/log.md (8 layers of width 384). For other sizes the rate is scaled
+by the usual rule for LoRA, not by a measurement.
 """
 
 from __future__ import annotations
@@ -20,28 +21,24 @@ class Preset:
 
     Args:
         iters: steps; num_streams: gamma; batch_size: sequences per batch.
-        share: one in so many layers has streams (Ns).
-        lora_rank, condition_rank: of the LoRA and of the correction by the token before.
+        lora_rank, condition_rank, root_rank: of the LoRA, of the correction by the token before and of
+            what tells the streams their root.
         validations: how many there are in a run.
     """
 
     iters: int
     num_streams: int
-    share: int
     lora_rank: int
     condition_rank: int
+    root_rank: int
     batch_size: int = 4
     validations: int = 15
 
     def __str__(self) -> str:
         return (
-            f"{self.iters} steps of {self.batch_size} rows, {self.num_streams} streams in 1/{self.share} "
-            f"of the layers, LoRA rank {self.lora_rank}, condition rank {self.condition_rank}"
+            f"{self.iters} steps of {self.batch_size} rows, {self.num_streams} streams, LoRA rank "
+            f"{self.lora_rank}, condition rank {self.condition_rank}, root rank {self.root_rank}"
         )
-
-    def msa_layers(self, layers: int) -> int:
-        """Ns for a model with so many layers."""
-        return max(1, min(MOST_LAYERS, layers // self.share))
 
     @property
     def eval_every(self) -> int:
@@ -49,9 +46,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(400, num_streams=3, share=16, lora_rank=16, condition_rank=16, validations=8),
-    "default": Preset(3000, num_streams=4, share=8, lora_rank=32, condition_rank=32),
-    "best": Preset(10000, num_streams=6, share=8, lora_rank=64, condition_rank=64, validations=25),
+    "quick": Preset(400, 3, lora_rank=16, condition_rank=16, root_rank=16, validations=8),
+    "default": Preset(3000, 4, lora_rank=16, condition_rank=32, root_rank=32),
+    "best": Preset(10000, 6, lora_rank=16, condition_rank=64, root_rank=64, validations=25),
 }
 APART = 25  # steps from one validation to the next, at least: a validation takes as long as some
 PRUNE_RANK = 8  # of an early-exit head that is trained alone
@@ -60,6 +57,11 @@ PRUNE_RANK = 8  # of an early-exit head that is trained alone
 def every(iters: int, times: int) -> int:
     """Steps between validations, for about so many of them; a short run has fewer."""
     return max(min(iters, APART), iters // times)
+
+
+def msa_layers(layers: int) -> int:
+    """Ns for a model with so many layers: half of them, at most ``MOST_LAYERS``."""
+    return max(1, min(MOST_LAYERS, layers // 2))
 
 
 def learning_rate(width: int) -> float:
