@@ -77,11 +77,25 @@ def test_no_command_prints_help_and_fails(capsys):
     assert "generate" in out
 
 
-def test_generate_gives_the_plain_text_in_fewer_passes(capsys):
+@pytest.fixture
+def inline(tmp_path) -> list:
+    """The bundled streams, no longer told their root: these may run in the pass of their hosts."""
+    description = json.loads((STREAMS / "streams.json").read_text())
+    assert description["config"].pop("root_rank")
+    weights = mx.load(str(STREAMS / "streams.safetensors"))
+    kept = {name: w for name, w in weights.items() if not name.startswith("root.")}
+    assert len(kept) < len(weights)
+    (tmp_path / "rootless").mkdir()
+    mx.save_safetensors(str(tmp_path / "rootless/streams.safetensors"), kept)
+    (tmp_path / "rootless/streams.json").write_text(json.dumps(description))
+    return ["--streams", tmp_path / "rootless", "--placement", "inline"]
+
+
+def test_generate_gives_the_plain_text_in_fewer_passes(capsys, inline):
     code, plain, plain_err = run(capsys, "generate", *COMMON, "-p", PROMPT, "--no-streams")
     assert code == 0
     assert "1.00 tokens-per-pass" in plain_err
-    fixed = ["--tree", "cartesian:2"], ["--placement", "inline", "--tree", "best:7"]
+    fixed = ["--tree", "cartesian:2"], [*inline, "--tree", "best:7"]
     for more in ([], ["--copies", "--guard", "0.01", "--tree", "best:5"], *fixed):
         code, out, err = run(capsys, "generate", *COMMON, "-p", PROMPT, *more)
         assert code == 0
@@ -90,9 +104,9 @@ def test_generate_gives_the_plain_text_in_fewer_passes(capsys):
         assert rate > (1.5 if more else 1.0)  # the planner is careful until it knows the text
 
 
-def test_generate_reads_stdin_and_seeds(capsys, monkeypatch):
+def test_generate_reads_stdin_and_seeds(capsys, monkeypatch, inline):
     texts = []
-    for more in ([], ["--no-streams"], ["--placement", "inline"]):
+    for more in ([], ["--no-streams"], inline):
         monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
         argv = ["-p", "-", "--temp", "1.0", "--top-p", "0.9", "--seed", "5", "--quiet", *more]
         code, out, err = run(capsys, "generate", *COMMON, *argv)

@@ -139,7 +139,7 @@ def stream_config(
             "msa_layers": msa_layers(layers),
             "lora_rank": preset.lora_rank,
             "condition_rank": 0 if shared else preset.condition_rank,
-            "root_rank": 0 if shared else preset.root_rank,
+            "root_rank": 0 if shared or args.main_sees_streams else preset.root_rank,
         }
     if not args.main_sees_streams and begin_from is not None:
         given.pop("main_sees_streams")

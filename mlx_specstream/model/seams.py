@@ -303,11 +303,8 @@ class Seams:
         return run
 
     def _told(self, roots: mx.array | None) -> mx.array | None:
-        if not self.streams.config.root_rank:
-            return None
-        if roots is None:
-            raise ValueError("streams with root_rank cannot begin without their roots")
-        return embedding_of(self.model)(roots)
+        told = roots is not None and self.streams.config.root_rank
+        return embedding_of(self.model)(roots) if told else None
 
     def merge_lora(self, most_bytes: int) -> None:
         """Make weights with the LoRA in them for passes of streams alone.

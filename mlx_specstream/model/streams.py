@@ -131,6 +131,8 @@ class Streams(nn.Module):
         B, n, E = hidden.shape
         g = gamma or self._config.num_streams
         if self._config.root_rank:
+            if root is None:
+                raise ValueError("streams with root_rank cannot begin without their roots")
             known = self.root(hidden.reshape(1, B * n, E), root.reshape(1, B * n, -1))
             hidden = known.reshape(B, n, E)
         start = hidden + self.init(hidden) if self._config.init_rank else hidden
