@@ -58,10 +58,10 @@ def nll(logits, targets, temperature):
     return np.mean(np.log(np.exp(z).sum(axis=-1)) - z[np.arange(len(z)), targets])
 
 
-@pytest.mark.parametrize("condition_rank", [0, 5])
-def test_temperatures_are_the_best_of_a_fine_grid(condition_rank):
+@pytest.mark.parametrize("ranks", [{}, {"condition_rank": 5}, {"root_rank": 7}], ids=str)
+def test_temperatures_are_the_best_of_a_fine_grid(ranks):
     """The streams guess the text (the head is turned toward it), too sure or not sure enough."""
-    seams = attached(condition_rank=condition_rank)
+    seams = attached(**ranks)
     seams.model.lm_head.weight = 0.1 * seams.model.lm_head.weight
     found, about = fit_temperatures(seams, batches())
     assert found.dtype == np.float32
@@ -123,8 +123,9 @@ def test_guesses_are_those_of_the_cooled_logits():
 # --- the early exit, after the streams ---
 
 
-def test_a_pruning_head_is_trained_for_finished_streams(base, data, tmp_path, capsys):  # noqa: F811
-    out, plain = tmp_path / "out", ["--iters", "6", "--eval-every", "3"]
+@pytest.mark.parametrize("root", [[], ["--root-rank", "5"]], ids=str)
+def test_a_pruning_head_is_trained_for_finished_streams(base, data, tmp_path, capsys, root):  # noqa: F811
+    out, plain = tmp_path / "out", ["--iters", "6", "--eval-every", "3", *root]
     assert run(capsys, *command(base, data, out, *plain))[0] == 0
     before = mx.load(str(out / "streams.safetensors"))
     calibration = json.loads((out / "streams.json").read_text())["calibration"]
@@ -171,7 +172,7 @@ def main_generates(capsys, base, streams):  # noqa: F811
 def test_a_run_begins_with_the_shape_of_its_streams(base, data, tmp_path, capsys):  # noqa: F811
     """--begin-from without a shape keeps it, the draft vocabulary and all."""
     first, second = tmp_path / "first", tmp_path / "second"
-    more = ["--iters", "2", "--draft-vocabulary", "9", "--lora-alpha", "3"]
+    more = ["--iters", "2", "--draft-vocabulary", "9", "--lora-alpha", "3", "--root-rank", "5"]
     assert run(capsys, *command(base, data, first, *more))[0] == 0
     argv = ["train", "--model", base, "--data", data, "--streams", second, "--begin-from", first]
     argv += ["--iters", "1", "--learning-rate", "1e-12", "--batch-size", "2", "--no-rehearsal"]

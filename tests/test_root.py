@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from curves import costs
 from mlx.utils import tree_flatten
 from reference import assert_close
 from steps import decoder_for
@@ -13,6 +14,7 @@ from tiny_models import attached, make_tokenizer
 
 from mlx_specstream import stream_generate
 from mlx_specstream.config import StreamConfig
+from mlx_specstream.decode.arrange import make_steering
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.errors import BadArgument
 from mlx_specstream.measure.rows import measure_costs
@@ -27,9 +29,11 @@ STREAMS = {"num_streams": 3, "msa_layers": 2, "lora_rank": 4, "root_rank": 7}
 PROMPT = [5, 17, 3, 42, 8, 29, 11]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt:350m"])
-def test_every_stream_reads_the_root_and_no_later_token(name):
-    seams, tokens = attached(name, **STREAMS), np.array([PROMPT])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("llama", 0), ("llama", 4), ("gemma2", 4), ("opt:350m", 0)]
+)
+def test_every_stream_reads_the_root_and_no_later_token(name, bits):
+    seams, tokens = attached(name, bits=bits, **STREAMS), np.array([PROMPT])
     main, before = seams.model(mx.array(tokens), streams=True)
     assert before.shape == (1, 3, len(PROMPT) - 1, main.shape[-1])
     tokens[0, 5] = 30
@@ -87,6 +91,16 @@ def test_training_runs_what_the_model_runs_and_teaches_the_root():
     assert all(mx.abs(flat[f"root.{x}"]).max().item() > 0 for x in "abcd")
 
 
+def test_the_planner_runs_them_behind_a_pass_however_cheap_inline_may_be():
+    seams, tokenizer = attached(**STREAMS), make_tokenizer()
+    seams.kept["costs"] = costs(streams=0.3, inline=(0.01,) * 7)
+    said = [r.token for r in stream_generate(seams.model, tokenizer, PROMPT, max_tokens=9)]
+    plain = stream_generate(seams.model, tokenizer, PROMPT, max_tokens=9, use_streams=False)
+    assert said == [r.token for r in plain]
+    planner = make_steering(seams, True, False, None, None, None).planner
+    assert planner.placement(3, 0) == "deferred"
+
+
 def test_they_run_behind_their_pass_only():
     seams, tokenizer = attached(**STREAMS), make_tokenizer()
     tree = {"max_tokens": 4, "tree": "best:5"}
@@ -95,9 +109,9 @@ def test_they_run_behind_their_pass_only():
     assert next(stream_generate(seams.model, tokenizer, PROMPT, placement="deferred", **tree))
     with pytest.raises(BadArgument, match="'root_rank' must be 0 with 'main_sees_streams', got 7"):
         StreamConfig(**STREAMS, main_sees_streams=True)
-    costs = measure_costs(seams, rows=(1, 2, 5), contexts=(20,), repeats=1)
-    assert costs.inline_ms is None
-    assert len(costs.deferred_ms[0]) == 3
+    measured = measure_costs(seams, rows=(1, 2, 5), contexts=(20,), repeats=1)
+    assert measured.inline_ms is None
+    assert len(measured.deferred_ms[0]) == 3
 
 
 def test_kept_in_a_streams_folder_and_missing_in_older_ones(tmp_path):

@@ -149,10 +149,14 @@ def test_calibrated_steps_equal_the_oracle(condition_rank, monkeypatch):
         check_steps(seams, reference, "best:24", "deferred", steps=5)
 
 
-@pytest.mark.parametrize("placement", ["inline", "deferred"])
+@pytest.mark.parametrize(
+    ("placement", "root_rank"), [("inline", 0), ("deferred", 0), ("deferred", 9)]
+)
 @pytest.mark.parametrize("prune", [PruneRule(keep=9), PruneRule(threshold=0.04)], ids=str)
-def test_pruned_steps_equal_the_oracle(prune, placement):
-    lengths = check_steps(*both(seed=3), "best:26", placement, prune, steps=5)
+def test_pruned_steps_equal_the_oracle(prune, placement, root_rank):
+    """The root of streams that are told theirs comes from what the early exit left."""
+    sides = both(seed=3, root_rank=root_rank)
+    lengths = check_steps(*sides, "best:26", placement, prune, steps=5)
     assert any(kept < nodes for _, nodes, kept in lengths), "nothing was pruned"
     assert any(kept > 1 for _, _, kept in lengths)
     assert sum(n for n, _, _ in lengths) > len(lengths), "nothing was accepted"

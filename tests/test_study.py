@@ -117,6 +117,9 @@ def test_a_run_is_made_once_and_goes_on_after_a_kill(tmp_path):
     other = study.Run(run.folder, [*run.command, "--seed", "1"], "made", 1)
     with pytest.raises(SystemExit, match="another command"):
         study.finish([other])
+    (run.folder / study.COMMAND).unlink()  # nobody knows what made it
+    with pytest.raises(SystemExit, match="another command"):
+        study.finish([run])
     lost = study.Run(tmp_path / "x", run.command, "made", 1, needs=[tmp_path / "nothing"])
     with pytest.raises(SystemExit, match="nothing is missing"):
         study.finish([lost])

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 from mlx_specstream import load  # noqa: E402
 from mlx_specstream.cli.main import main  # noqa: E402
 from mlx_specstream.converters import convert  # noqa: E402
+from mlx_specstream.model.checkpoint import fingerprint, save_streams  # noqa: E402
 from mlx_specstream.model.seams import seams_of  # noqa: E402
 from mlx_specstream.train import data, loss, passes  # noqa: E402
 
@@ -124,6 +125,23 @@ def test_trained_streams_convert(family, folder, rows, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
     tokens = [int(x) for x in np.random.default_rng(5).integers(3, V, LENGTH)]
     check_converted(folder, file, tokens, tmp_path)
+
+
+def test_exported_streams_with_a_draft_vocabulary(folder, tmp_path):
+    model = build("llama_plain", folder)
+    model.save_pretrained(folder)
+    file = streams_of(model).streams.save(tmp_path / "out", {"steps": 0})
+    convert(folder, tmp_path / "mlx", dtype="float32")
+    arguments = ["--base", str(tmp_path / "mlx"), "--mlx-path", str(tmp_path / "streams")]
+    assert main(["convert", "--hf-path", str(file), *arguments]) == 0
+    ours, _ = load(tmp_path / "mlx", streams=tmp_path / "streams")
+    seams = seams_of(ours)
+    seams.streams.draft_vocabulary = mx.array([2, 5, 11, 17])
+    save_streams(tmp_path / "few", seams.streams, fingerprint(ours), {})
+    assert main(["export", "--model", str(tmp_path / "few"), "--out", str(tmp_path / "back")]) == 0
+    (found,) = (tmp_path / "back").rglob("*streams*.safetensors")
+    back, there = Streams.load(model, found).state_dict(), Streams.load(model, file).state_dict()
+    assert all(torch.equal(back[name], value) for name, value in there.items())
 
 
 def test_another_family(folder, tmp_path):

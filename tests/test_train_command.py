@@ -14,10 +14,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.utils import save_config, save_model
 from tiny_models import COMMON, CONFIGS, make_model, make_tokenizer
 
 from mlx_specstream.cli.main import main
+from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import BadArgument
 from mlx_specstream.load import load_base
 from mlx_specstream.measure import rehearsal
@@ -27,6 +29,7 @@ from mlx_specstream.model.seams import attach
 from mlx_specstream.train import trainer as trainer_of
 from mlx_specstream.train.data import read_examples
 from mlx_specstream.train.health import WINDOW, Health
+from mlx_specstream.train.initial import new_streams
 from mlx_specstream.train.loss import evaluate
 from mlx_specstream.train.presets import PRESETS, learning_rate, msa_layers
 from mlx_specstream.train.record import RECORD
@@ -327,8 +330,13 @@ def test_divergence_and_nan_are_caught():
     for step in range(10):
         health.check_progress(step, 2.0)
     diverge = lambda: [health.check_progress(step, 4.0) for step in range(10, 10 + WINDOW)]  # noqa: E731
-    with pytest.raises(BadArgument, match=r"the run diverges: the loss began at 2\.00"):
+    with pytest.raises(BadArgument, match=r"the run diverges: the loss was 2\.00 and is 3"):
         diverge()
+    health = Health(1e-3)
+    for step in range(400):  # from 6 to 1, where it falls back to the frequencies of words
+        health.check_progress(step, max(1.0, 6.0 - step / 40))
+    with pytest.raises(BadArgument, match=r"the loss was 1\.00"):
+        [health.check_progress(step, 5.0) for step in range(400, 400 + WINDOW)]
 
 
 def test_a_nan_gradient_never_reaches_the_streams(base, data, tmp_path, capsys, monkeypatch):
@@ -404,7 +412,19 @@ def test_help_says_what_presets_mean(capsys):
 
 
 def test_the_docs_have_the_presets_as_they_are():
-    text = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    root = Path(__file__).parents[1]
+    text = (root / "docs/training.md").read_text(encoding="utf-8")
+    model, _, _ = load_base(root / "examples/models/e2e-sql-14m-4bit")
     for name, p in PRESETS.items():
         cells = (p.iters, p.batch_size, p.num_streams, p.lora_rank, p.condition_rank, p.root_rank)
-        assert f"| `{name}` | " + " | ".join(map(str, cells)) + " | " in text
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| `{name}` |")]
+        found = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert found[:6] == list(map(str, cells))
+        shape = {
+            "num_streams": p.num_streams,
+            "lora_rank": p.lora_rank,
+            "msa_layers": msa_layers(8),
+        }
+        shape |= {"condition_rank": p.condition_rank, "root_rank": p.root_rank}
+        parameters = new_streams(model, StreamConfig(**shape)).parameters()
+        assert found[6] == f"{sum(v.size for _, v in tree_flatten(parameters)) / 1e6:.2f} M"

@@ -1,24 +1,31 @@
 """Training at its edges: runs that end where they stopped, slow steps, one mask per batch, odd splits."""
 
 import dataclasses
+import math
 
+import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from reference import assert_close
 from test_cli import fails
 from test_eval import folder, results_of, write  # noqa: F401
 from test_shared_runs import save_base
 from test_targets import HOW, PROMPTS
 from test_train_command import check_same
 from test_training import write as write_split
-from tiny_models import COMMON, make_model, make_tokenizer
+from tiny_models import COMMON, attached, make_model, make_tokenizer
 
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import BadCheckpoint
+from mlx_specstream.model.checkpoint import fingerprint, save_streams
 from mlx_specstream.train import trainer as trainer_of
 from mlx_specstream.train.answers import answers, settings_of
 from mlx_specstream.train.config import FineTune, TrainConfig
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.health import Health
+from mlx_specstream.train.initial import begin_from
 from mlx_specstream.train.session import held_out, train_streams
 from mlx_specstream.train.shared import Destination
 from mlx_specstream.train.trainer import CHECKPOINT
@@ -34,14 +41,15 @@ def rows(tmp_path):
     return write_split(tmp_path / "rows", "train.jsonl", ROWS)
 
 
-def run(rows, out, config, until=None, **options):
+def run(rows, out, config, until=None, root_rank=0, **options):
     """What a run says of itself; ``until``: it is interrupted behind that step."""
 
     def report(progress):
         if progress.iteration == until:
             raise KeyboardInterrupt
 
-    shape, model = StreamConfig(num_streams=2, msa_layers=2, lora_rank=3), make_model()
+    ranks = {"lora_rank": 3, "root_rank": root_rank}
+    shape, model = StreamConfig(num_streams=2, msa_layers=2, **ranks), make_model()
     if config.fine_tune:
         options["fused"] = Destination(out / "model", save_base(model, out.parent / "base"), BASE)
     return train_streams(
@@ -73,6 +81,43 @@ def test_values_of_an_earlier_patience_are_not_taken(rows, tmp_path):
     check_same(tmp_path / "out", tmp_path / "whole")
 
 
+def test_patience_cannot_begin_where_no_values_were_kept(rows, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "out", dataclasses.replace(SHARED, eval_every=1), until=3)
+    patient = dataclasses.replace(SHARED, eval_every=1, patience=2)
+    with pytest.raises(BadCheckpoint, match="was made without --patience"):
+        run(rows, tmp_path / "out", patient, resume=True)
+    with pytest.raises(KeyboardInterrupt):  # lossless runs always keep them
+        run(rows, tmp_path / "lossless", dataclasses.replace(CONFIG, eval_every=1), until=3)
+    patient = dataclasses.replace(CONFIG, eval_every=1, patience=9)
+    assert run(rows, tmp_path / "lossless", patient, resume=True)["steps"] == 6
+
+
+@pytest.mark.parametrize("ranks", [(4, 0), (0, 4)], ids=str)
+def test_a_run_goes_on_with_the_root_it_began_with(ranks, rows, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "out", CONFIG, until=3, root_rank=ranks[0])
+    line = f"was made with root_rank = {ranks[0]}, not {ranks[1]}"
+    with pytest.raises(BadCheckpoint, match=line):
+        run(rows, tmp_path / "out", CONFIG, resume=True, root_rank=ranks[1])
+    assert run(rows, tmp_path / "out", CONFIG, resume=True, root_rank=ranks[0])["steps"] == 6
+
+
+def test_a_resumed_run_knows_how_good_it_was(rows, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, tmp_path / "out", dataclasses.replace(CONFIG, iters=18), until=15)
+    least = []
+    real = Health.check_progress
+
+    def look(self, iteration, loss):
+        least.append(self.least)
+        real(self, iteration, loss)
+
+    monkeypatch.setattr(Health, "check_progress", look)
+    run(rows, tmp_path / "out", dataclasses.replace(CONFIG, iters=18), resume=True)
+    assert all(map(math.isfinite, least))
+
+
 def test_slow_steps_are_saved_by_the_clock(rows, tmp_path, monkeypatch):
     slow = dataclasses.replace(CONFIG, save_every=100)
     for after, saved in ((300.0, False), (0.0, True)):
@@ -102,6 +147,44 @@ def test_a_dry_run_of_a_resumed_self_distillation(rows, tmp_path):
     other = write_split(tmp_path / "other", "train.jsonl", ROWS[1:])
     with pytest.raises(BadCheckpoint, match="of other data"):
         run(other, tmp_path / "out", CONFIG, **options)
+
+
+def test_a_dry_run_says_what_the_cache_will_take(rows, tmp_path):
+    notes, cache = [], tmp_path / "not/there/yet"
+    run(rows, tmp_path / "out", CONFIG, cache_hidden=cache, dry_run=True, note=notes.append)
+    (line,) = [line for line in notes if "hidden states of" in line]
+    assert line.endswith("not made yet: steps are timed without")
+    assert not (tmp_path / "not").exists()
+    run(rows, tmp_path / "out", CONFIG, cache_hidden=cache)
+    notes.clear()
+    run(rows, tmp_path / "out", CONFIG, cache_hidden=cache, dry_run=True, note=notes.append)
+    assert not [line for line in notes if "hidden states of" in line]
+
+
+# --- streams that begin as others ---
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (3, 1)])
+def test_lora_goes_to_its_layer_at_its_strength(old, new, tmp_path):
+    theirs = attached(msa_layers=old, root_rank=5, condition_rank=4)
+    save_streams(tmp_path, theirs.streams, fingerprint(theirs.model), {})
+    seams = attached(msa_layers=new, root_rank=5, condition_rank=4, lora_alpha=2.0)
+    before = dict(tree_flatten(seams.streams.parameters()))
+    before |= {"root.c": mx.random.normal(before["root.c"].shape)}
+    seams.streams.root.c = before["root.c"]
+    begin_from(tmp_path, seams)
+    streams = seams.streams
+    assert mx.array_equal(streams.condition.c, theirs.streams.condition.c)
+    assert mx.array_equal(streams.root.c, before["root.c"]), "it reads another layer's states"
+    for layer in range(new):
+        same = layer + old - new
+        mine, lora = streams.lora[layer]["q_proj"], theirs.streams.lora
+        if same < 0:
+            assert mx.array_equal(mine.a, before[f"lora.{layer}.q_proj.a"])
+            continue
+        update = lambda s, pair: s.config.lora_scale * (pair.a @ pair.b)  # noqa: E731
+        want = update(theirs.streams, lora[same]["q_proj"])
+        assert_close(update(streams, mine), np.array(want), 1e-5)
 
 
 # --- answers ---

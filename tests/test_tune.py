@@ -61,6 +61,7 @@ MODELS = {
     "streams": lambda: attached(),
     "one stream": lambda: attached(num_streams=1),
     "streams that the main stream sees": lambda: attached(main_sees_streams=True),
+    "streams told their root": lambda: attached(root_rank=7),
     "no streams": lambda: attach(make_model()),
 }
 
@@ -96,6 +97,9 @@ def test_costs_of_a_tiny_model(kind, monkeypatch):
     if seams.streams.config.main_sees_streams:
         assert scripts == {(False, False), (True, True)}
         assert costs.deferred_ms == costs.inline_ms
+    elif seams.streams.config.root_rank:
+        assert scripts == {(False, False), (True, False)}
+        assert costs.inline_ms is None
     else:
         assert scripts == {(False, False), (True, False), (True, True)}
         assert all(len(set(line)) == 1 for line in costs.deferred_ms)  # of one node, always

@@ -226,9 +226,10 @@ def without_lora(streams: Streams) -> Streams:
     return streams
 
 
-def attached(name: str = "llama", seed: int = 0, **config) -> Seams:
-    """A random model with random streams in it."""
+def attached(name: str = "llama", seed: int = 0, bits: int = 0, **config) -> Seams:
+    """A random model with random streams in it; ``bits``: quantized."""
     model = make_model(name, seed)
+    model = quantized(model, bits) if bits else model
     settings = {"num_streams": 3, "msa_layers": 2, "lora_rank": 6, "lora_alpha": 9.0, **config}
     return attach(model, make_streams(model, StreamConfig(**settings)))
 

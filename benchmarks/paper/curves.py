@@ -14,6 +14,8 @@ others published for Apple chips. Everything can be killed and goes on.
 
 import study  # first: it finds a fast BLAS  # isort: skip
 import argparse
+import hashlib
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,7 +124,9 @@ def measure(args) -> None:
                 costs = measure_costs(seams, **COSTS, inline=False)
                 found["costs"][geometry(seams)] = costs.to_json()
                 study.save_json(path, found)
-            if rows.get(point, {}).get("prompts") == args.prompts:
+            about = study.read_json(folder / "streams.json")
+            of = hashlib.sha256(json.dumps([about, args.prompts]).encode()).hexdigest()[:16]
+            if rows.get(point, {}).get("of") == of:
                 continue
             if answers is None:
                 prompts = held_out(args.work / task / "own", tokenizer, args.prompts)
@@ -133,8 +137,8 @@ def measure(args) -> None:
                 if len(a) > 2
             ]
             trees = [*TREES, *(CARTESIAN.values() if point == "default" else ())]
-            about = study.read_json(folder / "streams.json")
             rows[point] = {
+                "of": of,
                 "prompts": len(prompts),
                 "geometry": geometry(seams),
                 "config": about["config"],

@@ -3,7 +3,7 @@
     python benchmarks/paper/headline.py --work WORK --base M --seeds 0 1 2
 
 Rows are what ``train_all.py`` made; one that is missing is left out and said so. ``bundled`` are the
-streams of ``examples/streams``, trained for longer on two of the tasks. Each row decodes greedily with
+streams of ``examples/streams``, trained on two of the tasks at once. Each row decodes greedily with
 trees of at most 32 nodes and as the planner likes (row costs measured first), and shared rows beside
 mlx-lm on their own fine-tuned model. Tokens per pass of other trees are replayed exactly. A killed run
 goes on behind the last prompt that all ways answered, and what was trained anew is measured anew. Numbers
@@ -146,6 +146,12 @@ def measured(model, args) -> None:
         seams.kept["costs"] = measure_costs(seams, **COSTS, inline=inline)
 
 
+def costs_of(model) -> dict | None:
+    """What ``measured`` found, for the record."""
+    costs = seams_of(model).kept.get("costs")
+    return None if costs is None else costs.to_json()
+
+
 def stream_parameters(folder: Path) -> int:
     arrays = mx.load(str(folder / WEIGHTS))
     return sum(v.size for name, v in arrays.items() if name != VOCABULARY)
@@ -153,7 +159,7 @@ def stream_parameters(folder: Path) -> int:
 
 def trained(task: str, seed: int, args) -> str:
     """A name of what the rows of a task are at the moment."""
-    found = hashlib.sha256(METHOD)
+    found = hashlib.sha256(METHOD + f" {args.prompts} {args.no_costs}".encode())
     for row in (*LOSSLESS, *SHARED, *HEADS, DRAFT):
         path = folder_of(row, task, args.work, seed) / MADE.get(row, DESCRIPTION)
         found.update(path.read_bytes() if path.exists() else b"not trained")
@@ -225,6 +231,7 @@ def measure(task: str, seed: int, args) -> dict:
             **evaluation.results({"task": task, "seed": seed}, about, notes),
             "parameters": group.parameters,
             "replayed": trees,
+            "costs": {row: costs_of(model) for row, model in group.replays.items()},
         }
     return results
 

@@ -70,8 +70,11 @@ TASKS = {
 
 def add_places(parser) -> None:
     """``--work``, ``--base`` and ``--task`` of every script."""
-    parser.add_argument("--work", type=Path, required=True, help="folder outside the checkout")
-    parser.add_argument("--base", type=Path, required=True, help="folder of e2e-sql-14m for mlx-lm")
+    place = lambda path: Path(path).resolve()  # noqa: E731  runs note it: one spelling
+    parser.add_argument("--work", type=place, required=True, help="folder outside the checkout")
+    parser.add_argument(
+        "--base", type=place, required=True, help="folder of e2e-sql-14m for mlx-lm"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
 
 
@@ -119,10 +122,11 @@ class Run:
 
     @property
     def done(self) -> bool:
-        note = self.folder / COMMAND
-        if note.exists() and note.read_text(encoding="utf-8") != self._noted:
+        note, made = self.folder / COMMAND, (self.folder / self.made).exists()
+        noted = note.read_text(encoding="utf-8") if note.exists() else None
+        if noted != self._noted and (made or noted is not None):
             sys.exit(f"{self.folder} was made by another command (its {COMMAND}); remove it")
-        return (self.folder / self.made).exists()
+        return made
 
     @property
     def _noted(self) -> str:

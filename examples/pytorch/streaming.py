@@ -151,7 +151,8 @@ class Streams(nn.Module):
         """What ``save`` wrote, or ``mlx-specstream export`` made of an MLX streams folder."""
         with safe_open(path, "pt") as file:
             streams = cls(model, StreamConfig(**json.loads(file.metadata()["stream_config"])))
-            streams.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            names = [name for name in file.keys() if name != "draft_vocabulary"]  # noqa: SIM118  MLX's
+            streams.load_state_dict({name: file.get_tensor(name) for name in names})
         return streams
 
 

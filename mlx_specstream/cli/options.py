@@ -43,7 +43,7 @@ def add_streams(parser: argparse.ArgumentParser, trees: str = "store") -> None:
     group.add_argument(
         "--placement",
         choices=("inline", "deferred"),
-        help="where streams run (default: chosen for you)",
+        help="where streams run; those with a root rank are deferred (default: chosen for you)",
     )
     group.add_argument(
         "--copies",

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--begin-from",
         type=Path,
         metavar="STREAMS",
-        help="begin with the values of a streams folder of this model, as far as they fit; their shape "
-        "is the default",
+        help="begin with the values of a streams folder of this model, as far as they fit (LoRA by its "
+        "layer); their shape is the default",
     )
     parser.add_argument(
         "--only",

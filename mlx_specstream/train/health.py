@@ -8,7 +8,7 @@ from collections import deque
 from ..errors import BadArgument
 
 FIRST, WINDOW = 10, 50  # steps: what the run began with, and what it is now
-WORSE = 0.5  # of the loss at the beginning (or nats, if that is more): noise does not get there
+WORSE = 0.5  # of the least loss there was (or nats, if that is more): noise does not get there
 
 
 class Health:
@@ -21,6 +21,7 @@ class Health:
     def __init__(self, learning_rate: float):
         self.rate = learning_rate
         self.saved = 0  # step of the checkpoint
+        self.least = math.inf  # mean loss, of the first steps or of any WINDOW since
         self.first: list[float] = []
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
@@ -41,17 +42,21 @@ class Health:
             )
 
     def check_progress(self, iteration: int, loss: float) -> None:
-        """Raise BadArgument if the loss of the last steps is far above that of the first ones."""
+        """Raise BadArgument if the loss of the last steps is far above what it had come down to."""
         if len(self.first) < FIRST:
             self.first.append(loss)
+            if len(self.first) == FIRST:
+                self.least = min(self.least, sum(self.first) / FIRST)
         self.recent.append(loss)
-        began = sum(self.first) / len(self.first)
-        now = sum(self.recent) / len(self.recent)
-        if len(self.recent) == WINDOW and now > began + WORSE * max(began, 1.0):
+        if len(self.recent) < WINDOW:
+            return
+        now = sum(self.recent) / WINDOW
+        if now > self.least + WORSE * max(self.least, 1.0):
             raise BadArgument(
-                f"[train] the run diverges: the loss began at {began:.2f} and is {now:.2f} over the last "
+                f"[train] the run diverges: the loss was {self.least:.2f} and is {now:.2f} over the last "
                 f"{WINDOW} steps (at step {iteration}); {self.advice()}."
             )
+        self.least = min(self.least, now)
 
     def advice(self) -> str:
         return f"train with a lower --learning-rate than {self.rate:g}, say {self.rate / 3:.1g}" + (

@@ -50,8 +50,13 @@ class HiddenStates:
 
 
 def hidden_states(
-    seams: Seams, examples: list[Example], folder: Path, base: str, note: Callable[[str], None]
-) -> HiddenStates:
+    seams: Seams,
+    examples: list[Example],
+    folder: Path,
+    base: str,
+    note: Callable[[str], None],
+    make: bool = True,
+) -> HiddenStates | None:
     """Read the hidden states of ``examples`` from ``folder``, or make what is not there yet.
 
     The file's name says of which base, cut and examples it is. An interrupted run leaves whole
@@ -59,6 +64,7 @@ def hidden_states(
 
     Args:
         base: ``identity`` of the base.
+        make: False: only say what there would be; None is returned if anything is missing.
 
     Raises:
         BadArgument: the disk has no room for them.
@@ -77,14 +83,19 @@ def hidden_states(
     done = max(i for i, end in enumerate(ends) if end <= have)
     missing = ends[-1] - ends[done]
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free
         if missing > free:
             raise BadArgument(
                 f"[train] 'cache_hidden' needs {missing / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} "
                 "GB are free; name another folder, or train without."
             )
-        note(f"hidden states of {len(examples)} rows: {ends[-1] / 1e9:.2f} GB in {path}")
+        line = f"hidden states of {len(examples)} rows: {ends[-1] / 1e9:.2f} GB in {path}"
+        if not make:
+            note(f"{line}, not made yet: steps are timed without")
+            return None
+        note(line)
+        folder.mkdir(parents=True, exist_ok=True)
         with open(path, "r+b" if have else "wb") as file:
             file.truncate(ends[done])
             file.seek(ends[done])

@@ -18,6 +18,7 @@ from ..model.streams import Streams
 from .data import Example, make_batch
 from .passes import base_pass
 
+AT_THE_CUT = ("root", "init", "early_exit")  # they read the hidden states there
 EMBEDDING_SHARE = 0.05  # initial P_j against the RMS of the hidden states they are added to
 
 
@@ -56,11 +57,13 @@ def scale_embeddings(seams: Seams, rms: float) -> None:
 def begin_from(folder: Path, seams: Seams) -> str:
     """Take over what fits of the streams in ``folder``; returns a line for the user.
 
-    Their draft vocabulary and temperatures come along where there are none yet.
+    LoRA goes to the layer of the model that it was trained for, at the strength that it had. What was
+    trained for the hidden states of another cut does not fit. Their draft vocabulary and temperatures
+    come along where there are none yet.
     """
     own = dict(tree_flatten(seams.streams.parameters()))
     old = load_streams(folder, seams.model)[0]
-    theirs = tree_flatten(old.parameters())
+    theirs = _fitted(old, seams.streams.config).items()
     taken = [(name, x) for name, x in theirs if name in own and own[name].shape == x.shape]
     if not taken:
         raise BadArgument(
@@ -74,3 +77,20 @@ def begin_from(folder: Path, seams: Seams) -> str:
         seams.streams.temperatures = old.temperatures
     mx.eval(seams.streams.parameters())
     return f"{len(taken)} of {len(own)} arrays begin as in {folder}"
+
+
+def _fitted(old: Streams, new: StreamConfig) -> dict[str, mx.array]:
+    """The arrays of ``old`` under the names that they have in streams of another shape."""
+    higher = new.msa_layers - old.config.msa_layers  # LoRA is numbered from the cut upwards
+    found = {}
+    for name, x in tree_flatten(old.parameters()):
+        part, _, rest = name.partition(".")
+        if part == "lora":
+            layer, _, rest = rest.partition(".")
+            name = f"lora.{int(layer) + higher}.{rest}"
+            if name.endswith(".b"):
+                x = x * (old.config.lora_scale / (new.lora_scale or 1.0))
+        elif higher and part in AT_THE_CUT:
+            continue
+        found[name] = x
+    return found

@@ -158,7 +158,9 @@ def train_streams(
         else ancestry(read_description(begin_from)["training"]),
         "versions": versions(),
     }
+    hidden = partial(hidden_states, seams, train, cache_hidden, name, note)
     if dry_run:
+        trainer.hidden = None if cache_hidden is None else hidden(make=False)
         note(f"{estimate(trainer, train, valid)}; nothing was trained (--dry-run)")
         return about
     if not resume and (out / CHECKPOINT).exists():
@@ -167,7 +169,7 @@ def train_streams(
         )
     out.mkdir(parents=True, exist_ok=True)  # an output that cannot be written fails before the run
     if cache_hidden is not None:
-        trainer.hidden = hidden_states(seams, train, cache_hidden, name, note)
+        trainer.hidden = hidden()
 
     def keep_record(**more: Any) -> None:
         seconds = {"steps": trainer.iteration, "seconds": round(trainer.seconds, 1)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..config import StreamConfig
 from ..errors import BadCheckpoint
 from ..model.checkpoint import compare, fingerprint, save_tensors
 from ..model.seams import Seams
@@ -303,6 +305,7 @@ class Trainer:
             "history": self.history,
             "since": self.since,
             "hidden_rms": self.hidden_rms,
+            "least_loss": self.health.least,
             "streams": self.seams.streams.config.to_json(),
             "config": self.config.to_json(),
             "base": self.base,
@@ -341,21 +344,28 @@ class Trainer:
             about = json.loads(metadata["about"])
             if not {"streams", "config", "base", "history", "since", "hidden_rms"} <= about.keys():
                 raise ValueError("it is of another version of mlx-specstream")
+            theirs = {"streams": asdict(StreamConfig.from_json(about["streams"]))}
         except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             line = str(error).splitlines()[0]
             raise BadCheckpoint(
                 f"[train] {path} cannot be read: {line}; start without --resume."
             ) from None
+        theirs["config"] = about["config"]
         for name, ours in (
-            ("streams", self.seams.streams.config.to_json()),
+            ("streams", asdict(self.seams.streams.config)),
             ("config", self.config.to_json()),
         ):
             for key, value in ours.items():
-                if about[name].get(key) != value and key not in CHANGEABLE:
+                if theirs[name].get(key) != value and key not in CHANGEABLE:
                     raise BadCheckpoint(
-                        f"[train] {path} was made with {key} = {about[name].get(key)}, not {value}; "
+                        f"[train] {path} was made with {key} = {theirs[name].get(key)}, not {value}; "
                         "resume with the same settings."
                     )
+        if self.keeps_best and about["history"] and not _kept_best(about["config"]):
+            raise BadCheckpoint(
+                f"[train] {path} was made without --patience: the best values until now were not kept; "
+                "resume without it."
+            )
         known = {name for name in state if not name.startswith("best.")}
         for what, same in (
             ("of another base", compare(about["base"], self.base)[0] == "same"),
@@ -372,8 +382,14 @@ class Trainer:
         self.iteration, self.seconds = about["iteration"], about["seconds"]
         self.history, self.since = about["history"], about["since"]
         self.hidden_rms, self.health.saved = about["hidden_rms"], self.iteration
+        self.health.least = about.get("least_loss", math.inf)
         best = {k.removeprefix("best."): v for k, v in state.items() if k not in known}
         self.best = best if best and self.keeps_best else None
+
+
+def _kept_best(config: dict[str, Any]) -> bool:
+    """Did a run with these settings (of its checkpoint) keep the values of its best validation?"""
+    return config["patience"] is not None or config["fine_tune"] is None
 
 
 def validation_batches(examples: list[Example], size: int, num_streams: int) -> list[Batch]:
