@@ -1,28 +1,15 @@
-"""The fast gate of SwiGLU blocks: how exact it is, and that nobody but our passes meets it."""
-
-import sys
+"""The fast gate of SwiGLU blocks: how exact it is."""
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.models import activations, llama, switch_layers
+from mlx_lm.models import activations
 from reference import assert_close
 from test_sampling import compiled
-from tiny_models import attached, make_model, make_tokenizer
 
-from mlx_specstream import stream_generate
-from mlx_specstream.model import activation
-from mlx_specstream.model.activation import (
-    fast_activations,
-    fast_swiglu,
-    modules_with_swiglu,
-)
-from mlx_specstream.model.rows import causal_rows
-from mlx_specstream.model.seams import Pass
+from mlx_specstream.model.activation import fast_swiglu
 
 STOCK = activations.swiglu
-PROMPT = [53, 56, 8, 26, 42, 33]
 
 
 def exact(gate, x):
@@ -82,93 +69,3 @@ def test_sixteen_bits_go_the_stock_way(dtype):
     got = fast_swiglu(gate, x)
     assert got.dtype == dtype
     assert mx.array_equal(got, STOCK(gate, x)).item()
-
-
-def test_which_modules_have_the_gate():
-    assert modules_with_swiglu(make_model().layers) == [llama]
-    assert modules_with_swiglu(make_model("gemma2").layers) == []  # another activation
-    assert switch_layers in modules_with_swiglu(make_model("mixtral").layers)
-    assert modules_with_swiglu(attached().model.layers) == [llama]  # the seams do not hide it
-
-
-def test_modules_are_patched_for_a_while_and_mlx_lm_s_own_function_never():
-    with fast_activations([llama]):
-        assert llama.swiglu is fast_swiglu
-        assert activations.swiglu is STOCK
-        with fast_activations([]):
-            assert llama.swiglu is fast_swiglu
-        assert llama.swiglu is fast_swiglu
-    assert llama.swiglu is STOCK
-    assert switch_layers.swiglu is STOCK
-
-
-def test_modules_are_restored_after_an_exception():
-    def fail():
-        with fast_activations([llama]):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert llama.swiglu is STOCK
-    seams = attached()
-
-    def boom(hidden, rows):
-        assert llama.swiglu is fast_swiglu
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        seams.forward(Pass(causal_rows(0, 2), at_cut=boom, decoding=True), mx.array([[3, 4]]))
-    assert llama.swiglu is STOCK
-    assert seams.running is None
-
-
-@pytest.mark.parametrize("why", ["gpu", "no compiler"])
-def test_where_it_would_be_slower_the_stock_one_stays(monkeypatch, why):
-    """On a GPU an exponential is cheap; without a C++ compiler the parts would run one by one."""
-    if why == "gpu":
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
-    else:
-        monkeypatch.setattr(activation, "COMPILER", False)
-    with fast_activations([llama]):
-        assert llama.swiglu is STOCK
-
-
-@pytest.fixture
-def uses(monkeypatch):
-    """How often the fast gate was used, and checks that it is never left behind."""
-    calls = []
-
-    def counted(gate, x):
-        calls.append(gate.shape)
-        return fast_swiglu(gate, x)
-
-    monkeypatch.setattr(activation, "fast_swiglu", counted)
-    yield calls
-    patched = [n for n, m in sys.modules.items() if n.startswith("mlx_lm") and m is not None
-               and getattr(m, "swiglu", STOCK) is not STOCK]  # fmt: skip
-    assert patched == []
-
-
-def test_only_our_own_decoding_uses_it(uses):
-    seams, tokenizer = attached(), make_tokenizer(ends=False)
-    plain = [r.token for r in mlx_lm.stream_generate(seams.model, tokenizer, PROMPT, max_tokens=9)]
-    for options in ({"use_streams": False}, {"use_streams": False, "max_kv_size": 99}):
-        answer = stream_generate(seams.model, tokenizer, PROMPT, max_tokens=9, **options)
-        assert [r.token for r in answer] == plain
-    seams.model(mx.array([[3, 4, 5]]))
-    mx.eval(seams.logits(mx.array([[3, 4, 5]])))  # what training and measuring look at
-    mx.eval(seams.forward(Pass(causal_rows(0, 3)), mx.array([[3, 4, 5]])))
-    assert uses == []
-    got = stream_generate(seams.model, tokenizer, PROMPT, max_tokens=9, tree="best:7")
-    assert [r.token for r in got] == plain
-    layers = {shape[1] for shape in uses}
-    assert {7, 3} <= layers, "passes of the tree and of the streams"
-
-
-def test_between_two_tokens_the_stock_gate_is_back(uses):
-    seams, tokenizer = attached(), make_tokenizer(ends=False)
-    for number, _ in enumerate(
-        stream_generate(seams.model, tokenizer, PROMPT, max_tokens=9, tree="best:7")
-    ):
-        assert llama.swiglu is STOCK, number
-    assert uses

@@ -68,7 +68,8 @@ def train(args) -> None:
     source = batches(examples, size=args.batch_size, hosts=1, num_streams=1, seed=0, first=step)
     gradient = nn.value_and_grad(model, loss_of)
     clock, saved, loss = time.perf_counter() - seconds, seconds, None
-    while (done := seconds / (60 * args.minutes)) < 1.0:
+    share = lambda: step / args.iters if args.iters else seconds / (60 * args.minutes)  # noqa: E731
+    while (done := share()) < 1.0:
         optimizer.learning_rate = args.learning_rate * min((done + 1e-3) / WARM_UP, 1 - done)
         loss, change = gradient(model, next(source))
         optimizer.update(model, optim.clip_grad_norm(change, max_norm=1.0)[0])

@@ -110,8 +110,8 @@ def train(args) -> None:
     size = weight_shape(embedding_of(model))[0]
     hosts = min(args.hosts, HEAD_ELEMENTS // (args.batch_size * args.heads_number * size))
     config = TrainConfig(
-        minutes=args.minutes, batch_size=args.batch_size, hosts=hosts, seed=args.seed,
-        learning_rate=args.learning_rate, eval_every=1000,
+        iters=args.iters or TrainConfig.iters, minutes=args.minutes, batch_size=args.batch_size,
+        hosts=hosts, seed=args.seed, learning_rate=args.learning_rate, eval_every=1000,
     )  # fmt: skip
     train_rows, valid_rows = (
         read_examples(args.data, split, tokenizer, 2048)[0] for split in ("train", "valid")

@@ -210,7 +210,9 @@ def train_and_measure(about: str, train, measure, made: str, prompts: int):
         command.add_argument("--model", type=Path, required=True)
     for name in ("--data", "--out"):
         begin.add_argument(name, type=Path, required=True)
-    begin.add_argument("--minutes", type=float, required=True)
+    length = begin.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float)
+    length.add_argument("--iters", type=int)
     begin.add_argument("--seed", type=int, default=0)
     begin.add_argument("--resume", action="store_true")
     begin.set_defaults(run=train)

@@ -2,11 +2,13 @@
 
     python benchmarks/paper/train_all.py --work WORK --base M --minutes 60 --seeds 0 1 2
 
-``--dry-run`` prints the commands and the time they take.
+``--dry-run`` prints the commands and the time they take. ``--steps-of 0`` gives each row as many steps as
+seed 0's made in its time: other seeds are then comparable whatever else the machine does.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -50,25 +52,35 @@ def folder_of(row: str, task: str, work: Path, seed: int) -> Path:
 EVERY = {"eval_every": 1000, "save_every": 200}
 
 
-def row_run(row: str, task: str, work: Path, base: Path, minutes: float, seed: int) -> Run:
-    """The run that makes a row."""
+def row_run(row: str, task: str, work: Path, base: Path, length: dict, seed: int) -> Run:
+    """The run that makes a row; ``length`` is its ``minutes`` or its ``iters``."""
+    minutes = length.get("minutes")
     out, own = folder_of(row, task, work, seed), work / task / "own"
     reference, target = work / task / "reference", study.base_of(task, work, base)
     if row in SHARED:  # a fine-tuned model is its result, so it starts from what was not tuned yet
         flags = {**SHARED[row], "fused_path": out / "model", "seed": seed, **EVERY}
-        command = train_command(base, reference, out, minutes=minutes, **flags)
+        command = train_command(base, reference, out, **length, **flags)
         return Run(out, command, "streams.json", minutes, [reference / "train.jsonl"])
     needs = [own / "train.jsonl"]
     if row in LOSSLESS:
         flags = {**LOSSLESS[row], "seed": seed, **EVERY}
-        command = train_command(target, own, out, minutes=minutes, **flags)
+        command = train_command(target, own, out, **length, **flags)
         return Run(out, command, "streams.json", minutes, needs)
-    flags = {"model": target, "data": own, "out": out, "minutes": minutes, "seed": seed}
+    flags = {"model": target, "data": own, "out": out, **length, "seed": seed}
     if row == DRAFT:
         command = script_command("draft_model.py", **flags)
         return Run(out, command, "config.json", minutes, needs)
     command = script_command("medusa.py", **flags, shared_head=row == HEADS[1])
     return Run(out, command, "medusa.json", minutes, needs)
+
+
+def steps_of(row: str, task: str, work: Path, seed: int) -> int:
+    """How many steps a finished row made."""
+    folder = folder_of(row, task, work, seed)
+    about = {DRAFT: "training.json", **dict.fromkeys(HEADS, "medusa.json")}.get(row, "train.json")
+    if not (folder / about).exists():
+        sys.exit(f"--steps-of {seed}: {folder} is not finished")
+    return json.loads((folder / about).read_text(encoding="utf-8"))["steps"]
 
 
 def base_run(task: str, work: Path, base: Path, minutes: float) -> Run:
@@ -83,13 +95,23 @@ def base_run(task: str, work: Path, base: Path, minutes: float) -> Run:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     study.add_places(parser)
-    parser.add_argument("--minutes", type=float, default=60, help="of every row")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=60, help="of every row")
+    length.add_argument(
+        "--steps-of", type=int, metavar="SEED", help="as many steps as that seed's row made"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+
+    def length_of(row: str, task: str) -> dict:
+        if args.steps_of is None:
+            return {"minutes": args.minutes}
+        return {"iters": steps_of(row, task, args.work, args.steps_of)}
+
     runs = [
-        row_run(row, task, args.work, args.base, args.minutes, seed)
+        row_run(row, task, args.work, args.base, length_of(row, task), seed)
         for seed in args.seeds
         for task in args.tasks
         for row in args.rows

@@ -1,22 +1,15 @@
-"""The gate of a SwiGLU block for MLX's CPU backend, where an exponential costs as much as a product
-of rows.
+"""The gate of a SwiGLU block for MLX's CPU backend (``cpu.py``).
 
-MLX computes ``exp`` there one element at a time. A pass over many rows spends a tenth of its time
-in it, which plain decoding, one row at a time, hardly notices. The sigmoid below is a quotient of
-two polynomials: a compiled kernel of products and sums, which the C++ compiler turns into vector
-code. It differs from the exact sigmoid by at most 2e-7, float32's own rounding.
+A pass over many rows spends a tenth of its time in the stock one's exponential. The sigmoid below is a
+quotient of two polynomials, which the C++ compiler turns into vector code. It differs from the exact
+sigmoid by at most 2e-7, float32's own rounding.
 """
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
 # sigmoid(x) = 1/2 + x P(x^2) / Q(x^2) for |x| <= 18, fitted to tanh by weighted least squares.
@@ -36,27 +29,3 @@ def fast_swiglu(gate: mx.array, x: mx.array) -> mx.array:
     for p, q in zip(P[-2::-1], Q[-2::-1], strict=True):
         over, under = over * square + p, under * square + q
     return gate * (0.5 + clipped * over / under) * x
-
-
-COMPILER = shutil.which("g++") is not None  # what MLX calls; without it the parts run one by one
-
-
-def modules_with_swiglu(layers: list[nn.Module]) -> list:
-    """The Python modules whose blocks call mlx-lm's ``swiglu``."""
-    names = {type(m).__module__ for layer in layers for _, m in layer.named_modules()}
-    found = [sys.modules[name] for name in sorted(names) if name in sys.modules]
-    return [module for module in found if getattr(module, "swiglu", None) is swiglu]
-
-
-@contextmanager
-def fast_activations(modules: list) -> Iterator[None]:
-    """While our own passes are built on a CPU, these modules use ``fast_swiglu``."""
-    if mx.default_device().type != mx.DeviceType.cpu or not COMPILER:
-        modules = []
-    for module in modules:
-        module.swiglu = fast_swiglu
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.swiglu = swiglu

@@ -25,8 +25,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from ..errors import BadArgument, SpecStreamError
-from .activation import fast_activations, modules_with_swiglu
 from .cache import LayerContext, MaskRequest, NoStore, RowStore
+from .cpu import places_of, quicker_parts
 from .draft_head import DraftHead, SomeRows
 from .experts import ExpertSeam, RouterSeam
 from .positions import in_table, query_scale, tables_of
@@ -140,7 +140,7 @@ class Seams:
         self.merged: dict[int, mx.array] = {}  # id of a projection -> weight with LoRA [in, out]
         self._stock: list[tuple[nn.Module, type]] = []
         self.streams = streams
-        self._swiglu = modules_with_swiglu(model.layers)
+        self._quicker = places_of(model.layers)
         self.watch = Watch(model, *([] if streams is None else [streams]))
         self.vocabulary_size = weight_shape(embedding_of(model))[0]
         self.cut = self.num_layers - (0 if streams is None else streams.config.msa_layers)
@@ -222,8 +222,8 @@ class Seams:
         run.contexts = [LayerContext(run, store) for store in stores]
         outer, self.running = self.running, run  # pruning calls the head inside a pass
         try:
-            with fast_activations(
-                self._swiglu if run.decoding and self.compiles is not False else []
+            with quicker_parts(
+                self._quicker if run.decoding and self.compiles is not False else []
             ):
                 return self.model(tokens, cache=run.contexts)
         finally:
