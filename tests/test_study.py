@@ -1,6 +1,7 @@
 """The study's scripts: heads as a baseline, runs that can be killed, tables and curves."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ sys.path.append(str(STUDY))
 import headline  # noqa: E402
 import medusa  # noqa: E402
 import study  # noqa: E402
+import train_all  # noqa: E402
 from train_all import LOSSLESS  # noqa: E402
 
 from mlx_specstream.config import StreamConfig  # noqa: E402
@@ -133,6 +135,33 @@ def test_rows_are_as_small_as_they_say(row, most):
     config = StreamConfig(**LOSSLESS[row])
     streams = Streams(config, 384, [shapes] * config.msa_layers)
     assert most / 2 < sum(v.size for _, v in tree_flatten(streams.parameters())) <= most
+
+
+@pytest.mark.parametrize(
+    ("row", "about"),
+    [("best", "train.json"), ("medusa", "medusa.json"), ("draft-model", "training.json")],
+)
+def test_other_seeds_make_as_many_steps_as_a_finished_one(
+    tmp_path, monkeypatch, capsys, row, about
+):
+    def dry(*options):
+        command = ["--work", str(tmp_path), "--base", "m", "--tasks", "e2e", "--rows", row]
+        monkeypatch.setattr(sys, "argv", ["train_all.py", *command, *options, "--dry-run"])
+        train_all.main()
+        return capsys.readouterr().out
+
+    first = train_all.folder_of(row, "e2e", tmp_path.resolve(), 3)
+    with pytest.raises(SystemExit, match="3 is not finished"):
+        dry("--seeds", "4", "--steps-of", "3")
+    first.mkdir(parents=True)
+    (first / about).write_text(json.dumps({"steps": 123}))
+    shown = dry("--seeds", "4", "5", "--steps-of", "3")
+    assert shown.startswith("2 runs\n")
+    assert shown.count("--iters 123") == 2
+    assert "--minutes" not in shown
+    assert "--minutes 7.0" in dry("--seeds", "4", "--minutes", "7")
+    with pytest.raises(SystemExit):
+        dry("--minutes", "7", "--steps-of", "3")
 
 
 def test_flags():
