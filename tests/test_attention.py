@@ -72,6 +72,29 @@ def test_it_is_about_as_exact_as_the_stock_one():
     assert worst[rows_attention] < 3 * worst[stock] < 1e-5
 
 
+@pytest.mark.parametrize("lead", [6.0, 10.0, 14.0])
+def test_small_weights_beside_a_sink_keep_their_precision(never_stock, lead):
+    """One key wins and holds nearly nothing: what is said comes from the weights that are left."""
+    rng = np.random.default_rng(5)
+    keys = 1024
+    scores = rng.normal(0, 1, keys)
+    scores[0] = scores[1:].max() + lead
+    k = np.zeros((1, 1, keys, WIDTH), np.float32)
+    k[..., 0] = scores / SCALE
+    v = rng.normal(0, 1, (1, 1, keys, VALUE_WIDTH)).astype(np.float32)
+    v[:, :, 0] = 1e-3 * v[:, :, 0]
+    q = np.zeros((1, 1, 2, WIDTH), np.float32)
+    q[..., 0] = 1.0
+    given = [mx.array(x) for x in (q, k, v, np.ones((1, 1, 2, keys), bool))]
+    want = exact(*given)
+    error, least = (
+        np.abs(np.array(attend(how, *given), np.float64) - want).max()
+        for how in (rows_attention, stock)
+    )
+    assert error < 4 * least + 1e-7
+    assert error < 2e-4 * np.abs(want).max()
+
+
 def test_a_key_that_is_not_seen_adds_nothing_whatever_it_holds(never_stock):
     queries, keys, values, mask = inputs()
     hidden = mx.arange(KEYS) % 3 == 1
@@ -96,6 +119,9 @@ def test_the_exponential():
     assert np.abs(got - want).max() < 2e-7
     assert (got >= 0).all()
     assert got[-1] == 1.0
+    relative = np.abs(got - want) / want
+    assert relative[x > -10].max() < 6e-6
+    assert relative[x > -15].max() < 3e-5
     assert (got[x < LEAST] == 0).all()
     assert np.array(fast_exp(mx.array([-1e30]))) == 0
 
@@ -117,10 +143,50 @@ OTHERS = {
         (q, k, v), mx.broadcast_to(m, (BATCH, HEADS, ROWS, KEYS)), {},
     ),
     "sinks": lambda q, k, v, m: ((q, k, v), m, {"sinks": mx.ones(HEADS)}),
+    "one row": lambda q, k, v, m: ((q[:, :, :1], k, v), m[:, :, :1], {}),
     "few rows and keys": lambda q, k, v, m: (
         (q, k[:, :, :SHORT], v[:, :, :SHORT]), m[..., :SHORT], {},
     ),
 }  # fmt: skip
+
+
+def test_one_row_behind_many_keys_is_plain_decoding_s():
+    queries, keys, values, mask = (mx.concatenate([x] * 9, axis=-2) for x in inputs())
+    one = queries[:, :, :1, :VALUE_WIDTH], keys[..., :VALUE_WIDTH], values
+    mask = mx.concatenate([mask[:, :, :1]] * 9, axis=-1)
+    assert mask.size / BATCH >= SMALL
+    got = rows_attention(*one, None, SCALE, mask)
+    assert mx.array_equal(got, stock(*one, None, SCALE, mask)).item()
+
+
+def test_a_quantised_cache_of_another_thread_s_model_goes_the_stock_way(monkeypatch):
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *given: given)
+    queries, _, _, mask = inputs()
+    packed = (mx.zeros(1), mx.zeros(1), mx.zeros(1))
+    got = rows_attention(queries, packed, packed, "cache", SCALE, mask)
+    assert got == (queries, packed, packed, "cache", SCALE, mask, None)
+
+
+@pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=["one each", "one for all"])
+def test_other_ways_to_share_keys(never_stock, heads):
+    queries, keys, values, mask = inputs()
+    keys, values = (
+        mx.concatenate([x, 2 * x, x - 1], axis=1)[:, : heads[1]] for x in (keys, values)
+    )
+    given = queries, keys, values, mask
+    assert_close(attend(rows_attention, *given), exact(*given), 2e-6)
+
+
+def test_keys_of_a_buffer_and_of_sixteen_bits(never_stock):
+    queries, keys, values, mask = inputs()
+    spare = mx.full((BATCH, KV_HEADS, 31, 1), 7.0)
+    longer = [mx.concatenate([x, spare + 0 * x[:, :, :31]], axis=2) for x in (keys, values)]
+    cut = [x[:, :, :KEYS] for x in longer]
+    want = exact(queries, keys, values, mask)
+    assert_close(attend(rows_attention, queries, *cut, mask), want, 6e-7)
+    half = [x.astype(mx.float16) for x in (keys, values)]
+    want = exact(queries, *half, mask)
+    assert_close(attend(rows_attention, queries, *half, mask), want, 2e-6)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

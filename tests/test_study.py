@@ -151,9 +151,14 @@ def test_other_seeds_make_as_many_steps_as_a_finished_one(
         return capsys.readouterr().out
 
     first = train_all.folder_of(row, "e2e", tmp_path.resolve(), 3)
-    with pytest.raises(SystemExit, match="3 is not finished"):
+    with pytest.raises(SystemExit, match=r"3 .* is not finished"):
         dry("--seeds", "4", "--steps-of", "3")
     first.mkdir(parents=True)
+    (first / about).write_text(json.dumps({"steps": 12, "finished": False}))  # killed, say
+    with pytest.raises(SystemExit, match=r"3 .* is not finished"):
+        dry("--seeds", "4", "--steps-of", "3")
+    with pytest.raises(SystemExit):  # it would be trained once more
+        dry("--seeds", "3", "4", "--steps-of", "3")
     (first / about).write_text(json.dumps({"steps": 123}))
     shown = dry("--seeds", "4", "5", "--steps-of", "3")
     assert shown.startswith("2 runs\n")

@@ -1,4 +1,4 @@
-"""Tokens per pass of every seed of the rows that draft with streams or heads, replayed over many prompts.
+"""Tokens per pass of every seed of the lossless rows and of Medusa-1, replayed over many prompts.
 
     python benchmarks/paper/seeds.py --work WORK --base M --seeds 0 1 2
 
@@ -58,15 +58,14 @@ def measure(task: str, args) -> dict:
 
 def table(results: dict) -> str:
     """Markdown: every row's median over seeds and their range."""
-    seeds = max(map(len, results["rows"].values()))
-    title = f"{results['task']}, {results['prompts']} prompts, {seeds} seeds"
-    lines = [f"| {title} | " + " | ".join(TREES) + " |", "|---" * (1 + len(TREES)) + "|"]
+    title = f"{results['task']}, {results['prompts']} prompts"
+    lines = [f"| {title} | seeds | " + " | ".join(TREES) + " |", "|---" * (2 + len(TREES)) + "|"]
     for row, found in results["rows"].items():
         cells = []
         for tree in TREES:
             values = [each[tree] for each in found.values()]
             cells.append(f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -78,6 +77,9 @@ def main():
     args = parser.parse_args()
     for task in args.tasks:
         results = measure(task, args)
+        if not results["rows"]:
+            print(f"{task}: nothing is trained")
+            continue
         study.save_json(study.RESULTS / f"seeds-{task}.json", results)
         print(f"\n{table(results)}\n")
 

@@ -212,7 +212,7 @@ def train_and_measure(about: str, train, measure, made: str, prompts: int):
         begin.add_argument(name, type=Path, required=True)
     length = begin.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float)
-    length.add_argument("--iters", type=int)
+    length.add_argument("--iters", type=int, choices=range(1, 1 << 30), metavar="STEPS")
     begin.add_argument("--seed", type=int, default=0)
     begin.add_argument("--resume", action="store_true")
     begin.set_defaults(run=train)

@@ -3,12 +3,11 @@
     python benchmarks/paper/train_all.py --work WORK --base M --minutes 60 --seeds 0 1 2
 
 ``--dry-run`` prints the commands and the time they take. ``--steps-of 0`` gives each row as many steps as
-seed 0's made in its time: other seeds are then comparable whatever else the machine does.
+seed 0's made in its time: ``--seeds 1 2`` are then comparable whatever else the machine does.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -77,10 +76,11 @@ def row_run(row: str, task: str, work: Path, base: Path, length: dict, seed: int
 def steps_of(row: str, task: str, work: Path, seed: int) -> int:
     """How many steps a finished row made."""
     folder = folder_of(row, task, work, seed)
-    about = {DRAFT: "training.json", **dict.fromkeys(HEADS, "medusa.json")}.get(row, "train.json")
-    if not (folder / about).exists():
-        sys.exit(f"--steps-of {seed}: {folder} is not finished")
-    return json.loads((folder / about).read_text(encoding="utf-8"))["steps"]
+    name = {DRAFT: "training.json", **dict.fromkeys(HEADS, "medusa.json")}.get(row, "train.json")
+    about = study.read_json(folder / name)
+    if not about.get("finished", bool(about)):
+        sys.exit(f"seed {seed} of {row} is not finished: {folder}")
+    return about["steps"]
 
 
 def base_run(task: str, work: Path, base: Path, minutes: float) -> Run:
@@ -104,6 +104,8 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+    if args.steps_of in args.seeds:
+        parser.error(f"--steps-of {args.steps_of} is finished already: leave it out of --seeds")
 
     def length_of(row: str, task: str) -> dict:
         if args.steps_of is None:
