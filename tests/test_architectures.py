@@ -26,6 +26,7 @@ from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import UnsupportedModel
 from mlx_specstream.model.cache import make_prompt_cache
 from mlx_specstream.model.checkpoint import compare, fingerprint
+from mlx_specstream.model.cpu import places_of
 from mlx_specstream.model.projections import stream_shapes
 from mlx_specstream.model.rows import tree_rows
 from mlx_specstream.model.seams import Pass, Seams, attach, detach, seams_of
@@ -280,6 +281,13 @@ def test_attach_and_detach_leave_the_stock_model(name):
 
 def test_every_model_type_called_tested_is_tested():
     assert {name.partition(":")[0] for name in CONFIGS} == TESTED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_attention_is_mlx_lm_s_a_cpu_has_its_own(name):
+    parts = {place.part.name for place in places_of(make_model(name).layers)}
+    own = name.startswith("gemma2")  # caps its scores, so it has an attention of its own
+    assert ("scaled_dot_product_attention" in parts) == (not own)
 
 
 @pytest.mark.parametrize("name", NAMES)
