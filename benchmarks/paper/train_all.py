@@ -16,10 +16,10 @@ from study import Run, script_command, train_command
 # What the rows are; sizes on this base (hidden 384): 6,784 parameters per rank of LoRA and layer, per
 # stream and rank of conditioning 1,153, per rank of the root 1,153, and 384 per stream.
 LOSSLESS = {
-    # at most 50 k parameters: 1,536 + 4 * 6,784 + 4 * 3 * 1,153 + 4 * 1,153 = 47,120
+    # at most 50 k parameters: 1,920 + 4 * 6,784 + 5 * 3 * 1,153 + 3 * 1,153 = 49,810
     "small": {
-        **{"num_streams": 4, "msa_layers": 4, "lora_rank": 1},
-        **{"condition_rank": 3, "root_rank": 4},
+        **{"num_streams": 5, "msa_layers": 4, "lora_rank": 1},
+        **{"condition_rank": 3, "root_rank": 3},
     },
     # at most 4 MB: 2,304 + 4 * 16 * 6,784 + 6 * 64 * 1,153 + 64 * 1,153 = 953,024 numbers, 3.8 MB
     "best": {
