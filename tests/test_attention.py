@@ -134,22 +134,6 @@ def test_what_is_not_finite_stays_so():
     assert np.isfinite(np.delete(got.reshape(-1, VALUE_WIDTH), 1 * ROWS + 2, axis=0)).all()
 
 
-SHORT = SMALL // ROWS  # keys
-OTHERS = {
-    "sixteen bits": lambda q, k, v, m: ([x.astype(mx.bfloat16) for x in (q, k, v)], m, {}),
-    "an additive mask": lambda q, k, v, m: ((q, k, v), mx.where(m, 0.0, -1e9), {}),
-    "no mask": lambda q, k, v, m: ((q, k, v), None, {}),
-    "a mask of its own per head": lambda q, k, v, m: (
-        (q, k, v), mx.broadcast_to(m, (BATCH, HEADS, ROWS, KEYS)), {},
-    ),
-    "sinks": lambda q, k, v, m: ((q, k, v), m, {"sinks": mx.ones(HEADS)}),
-    "one row": lambda q, k, v, m: ((q[:, :, :1], k, v), m[:, :, :1], {}),
-    "few rows and keys": lambda q, k, v, m: (
-        (q, k[:, :, :SHORT], v[:, :, :SHORT]), m[..., :SHORT], {},
-    ),
-}  # fmt: skip
-
-
 def test_one_row_behind_many_keys_is_plain_decoding_s():
     queries, keys, values, mask = (mx.concatenate([x] * 9, axis=-2) for x in inputs())
     one = queries[:, :, :1, :VALUE_WIDTH], keys[..., :VALUE_WIDTH], values
@@ -187,6 +171,22 @@ def test_keys_of_a_buffer_and_of_sixteen_bits(never_stock):
     half = [x.astype(mx.float16) for x in (keys, values)]
     want = exact(queries, *half, mask)
     assert_close(attend(rows_attention, queries, *half, mask), want, 2e-6)
+
+
+SHORT = SMALL // ROWS  # keys
+OTHERS = {
+    "sixteen bits": lambda q, k, v, m: ([x.astype(mx.bfloat16) for x in (q, k, v)], m, {}),
+    "an additive mask": lambda q, k, v, m: ((q, k, v), mx.where(m, 0.0, -1e9), {}),
+    "no mask": lambda q, k, v, m: ((q, k, v), None, {}),
+    "a mask of its own per head": lambda q, k, v, m: (
+        (q, k, v), mx.broadcast_to(m, (BATCH, HEADS, ROWS, KEYS)), {},
+    ),
+    "sinks": lambda q, k, v, m: ((q, k, v), m, {"sinks": mx.ones(HEADS)}),
+    "one row": lambda q, k, v, m: ((q[:, :, :1], k, v), m[:, :, :1], {}),
+    "few rows and keys": lambda q, k, v, m: (
+        (q, k[:, :, :SHORT], v[:, :, :SHORT]), m[..., :SHORT], {},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import mlx.core as mx
 from draft_model import DRAFTS
-from medusa import ABOUT, TREES, MedusaSeams, load_heads
+from medusa import TREES, MedusaSeams, load_heads
 from mlx_lm import load as load_stock
-from train_all import DRAFT, HEADS, LOSSLESS, SHARED, folder_of
+from train_all import DRAFT, HEADS, LOSSLESS, MADE, SHARED, folder_of
 from ways import BASELINE, ours, stock
 
 from mlx_specstream import load
@@ -39,10 +39,6 @@ PLANNED, BUNDLED = "planned", "bundled"
 BUNDLED_STREAMS = study.HERE.parents[1] / "examples/streams/e2e-sql-14m"
 WARM_UP = 10  # prompts, untimed
 METHOD = b"compiled at once"  # what was timed in another way is timed anew
-MADE = {
-    **dict.fromkeys(HEADS, ABOUT),
-    DRAFT: "training.json",
-}  # by row; of streams it is streams.json
 COSTS = {"rows": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), "contexts": (64, 192), "repeats": 4}
 
 

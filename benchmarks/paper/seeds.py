@@ -10,11 +10,10 @@ import study  # first: it finds a fast BLAS  # isort: skip
 import argparse
 import statistics
 
-from headline import MADE
 from machine import about_machine
 from medusa import load_heads
 from mlx_lm import load as load_stock
-from train_all import HEADS, LOSSLESS, folder_of, steps_of
+from train_all import HEADS, LOSSLESS, MADE, folder_of, steps_of
 
 from mlx_specstream import load, stream_generate
 from mlx_specstream.measure.evaluate import replayed

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from medusa import ABOUT
 from study import Run, script_command, train_command
 
 # What the rows are; sizes on this base (hidden 384): 6,784 parameters per rank of LoRA and layer, per
@@ -42,6 +43,10 @@ SHARED = {
 }
 HEADS, DRAFT = ("medusa", "medusa-shared-head"), "draft-model"
 ROWS = (*LOSSLESS, *SHARED, *HEADS, DRAFT)
+MADE = {  # what is there when a row is finished and says how it was made; of streams it is streams.json
+    **dict.fromkeys(HEADS, ABOUT),
+    DRAFT: "training.json",
+}
 
 
 def folder_of(row: str, task: str, work: Path, seed: int) -> Path:
@@ -70,14 +75,13 @@ def row_run(row: str, task: str, work: Path, base: Path, length: dict, seed: int
         command = script_command("draft_model.py", **flags)
         return Run(out, command, "config.json", minutes, needs)
     command = script_command("medusa.py", **flags, shared_head=row == HEADS[1])
-    return Run(out, command, "medusa.json", minutes, needs)
+    return Run(out, command, MADE[row], minutes, needs)
 
 
 def steps_of(row: str, task: str, work: Path, seed: int) -> int:
     """How many steps a finished row made."""
     folder = folder_of(row, task, work, seed)
-    name = {DRAFT: "training.json", **dict.fromkeys(HEADS, "medusa.json")}.get(row, "train.json")
-    about = study.read_json(folder / name)
+    about = study.read_json(folder / MADE.get(row, "train.json"))
     if not about.get("finished", bool(about)):
         sys.exit(f"seed {seed} of {row} is not finished: {folder}")
     return about["steps"]
