@@ -1,6 +1,9 @@
 """Where kernels need a C++ compiler, passes run uncompiled until somebody has had them made."""
 
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import mlx.core as mx
@@ -120,3 +123,42 @@ def test_who_waits_for_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     assert not compiling.waits_for_compiler()
+
+
+KERNELS = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_specstream.decode.draft import CopiedText, Guesses, draft
+from mlx_specstream.decode.tree import TreeShape
+from mlx_specstream.model.rows import clamped
+
+def tree(root, tokens, logprobs, text, rights, shape):
+    make = lambda *a: list(draft(a[0], Guesses(*a[1:3]), CopiedText(*a[3:]), shape, 5))
+    return mx.compile(make)(root, tokens, logprobs, text, rights)
+
+def made(g, K, C, most):
+    tokens = mx.arange(g * K, dtype=mx.int32).reshape(g, K)
+    logprobs = mx.log(mx.softmax(mx.random.uniform(shape=(g, K, K)), axis=-1))
+    text, rights = mx.arange(C, dtype=mx.int32), mx.full((2, C), -0.7)
+    mx.eval(tree(mx.array(3), tokens, logprobs, text, rights, TreeShape("best", 6)))
+    mx.eval(mx.compile(lambda at: clamped(at, most))(mx.array(7)))
+    return len(list(Path(sys.argv[1]).rglob("*.so")))
+
+first = made(3, 4, 5, 100)
+print(first, made(4, 6, 3, 90))
+"""
+
+
+@pytest.mark.skipif(not compiling.waits_for_compiler(), reason="kernels of a C++ compiler")
+def test_a_kernel_serves_all_sizes(tmp_path):
+    """Numbers that depend on sizes stay out of the code: else every draft and buffer has kernels of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS, str(tmp_path)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = map(int, done.stdout.split())
+    assert 0 < first == second

@@ -3,6 +3,7 @@
 import gc
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -216,6 +217,39 @@ def test_an_answer_needs_few_traces(seams, traces, tree):
     assert first <= 1 + 2 * made
     assert len(traces) - first <= 1, "the second answer made traces again"
     seams.kept.clear()
+
+
+class Restless(Fixed):
+    """Drafts of four nodes by another number of streams every time."""
+
+    def __init__(self, config):
+        super().__init__(make_plan(config, "best:4", "deferred"))
+        self.turn, self.texts = 0, set()
+
+    def next_pass(self, guesses, text, context):
+        self.turn += 1
+        if guesses is not None:
+            self.texts.add((guesses.tokens.shape[0], text is not None))
+        plan = super().next_pass(guesses, text, context)
+        return replace(plan, gamma=(None, 2, 1)[self.turn % 3])
+
+
+def test_one_trace_serves_drafts_of_fewer_streams_with_text_and_without(seams):
+    seams.kept.clear()
+    buckets = seams.kept["buckets"] = Buckets(worth=0)
+    prompt, steering = PROMPT * 3, Restless(seams.streams.config)
+    with compiled():
+        copier = Copier(make_tokenizer(), prompt)
+        decoder = decoder_for(seams, prompt, "best:4", copier=copier)
+        decoder.steering, said = steering, []
+        while len(said) < 60:
+            said += decoder.step(60 - len(said), ()).tokens
+    assert len(steering.texts) >= 4, "all drafts were of one kind"
+    kinds = [kind for kind in buckets._made if kind[0] == "pass" and kind[1].nodes == 4]
+    assert len(kinds) == 1
+    seams.kept.clear()
+    steps, _, _ = answer(seams, "best:4", "deferred", prompt=prompt, length=60)
+    assert said == [token for tokens in steps for token in tokens]
 
 
 def test_a_replaced_weight_is_seen(seams):

@@ -14,10 +14,8 @@ from test_sampling import compiled
 from tiny_models import attached
 
 from mlx_specstream.decode.choose import Drawn, Greedy, TemperatureSampler
-from mlx_specstream.decode.copy import Copied
 from mlx_specstream.decode.costs import Costs, gammas_below, modelled_costs
-from mlx_specstream.decode.decoder import copied_text
-from mlx_specstream.decode.draft import Guesses, Promises
+from mlx_specstream.decode.draft import CopiedText, Guesses, Promises
 from mlx_specstream.decode.gammas import AGAIN, COMPARED, SPARED, Gammas
 from mlx_specstream.decode.plan import Fixed, Planned, make_plan
 from mlx_specstream.decode.planner import Planner
@@ -302,7 +300,7 @@ def test_planned_passes_say_what_fewer_streams_would_have_promised():
     order = np.argsort(-logprobs, axis=1)
     tokens = np.stack([rng.permutation(40)[:9] for _ in range(6)]).astype(np.int32)
     guesses = Guesses(mx.array(tokens), mx.array(np.take_along_axis(logprobs, order, axis=1)))
-    text = copied_text(Copied([int(tokens[0, 0]), 41, 42], [-0.1, -0.2, -0.3], []), 8)
+    text = CopiedText.of([int(tokens[0, 0]), 41, 42], [-0.1, -0.2, -0.3], 8)
     planner = Planner(steep(streams=0.1, saved=(0.08, 0.04)), streams=6, sizes=(2, 5, 8))
     steering, seen = Planned(planner), []
     observe = planner.observe

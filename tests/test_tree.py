@@ -14,6 +14,7 @@ from mlx_specstream.decode.draft import (
     Promises,
     draft,
     guesses_from,
+    padded,
     size_of,
 )
 from mlx_specstream.decode.plan import make_plan
@@ -174,6 +175,30 @@ def test_a_copied_text_whose_tokens_no_stream_guesses_has_its_own_branch():
     strange = next(t for t in range(9) if t not in guesses.tokens[0].tolist())
     tree = make(0, guesses, "best", 7, copied([strange, 8, 8], [0.99, 0.99, 0.99], 4))
     assert {(strange,), (strange, 8), (strange, 8, 8)} <= set(paths(tree))
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 7, 11])
+def test_streams_and_text_that_are_not_there_change_no_tree(size, conditioned):
+    """Filled up to all streams and with an empty text, so that one trace serves: the same nodes."""
+    rng = np.random.default_rng(size)
+    few = random_guesses(rng, 2, 50, 4)
+    if conditioned:
+        edges = np.log(rng.dirichlet(np.ones(4), size=(2, 4))).astype(np.float32)
+        edges[0] = edges[0, 0]
+        few = Guesses(few.tokens, mx.array(edges))
+    want = make(5, few, "best", size)
+    every, nothing = padded(few, 6), CopiedText.of([], [], 3)
+    assert every.tokens.shape == (6, 4)
+    assert every.logprobs.shape == ((6, 4, 4) if conditioned else (6, 4))
+    for text in (None, nothing):
+        tree = draft(mx.array(5), every, text, TreeShape("best", size), size)
+        for ours, plain in zip(tree, want, strict=True):
+            assert ours.tolist() == plain.tolist()
+    # Where there are no others, unlikely ones fill it: each once, or rows would see a row that is not theirs.
+    full = draft(mx.array(5), every, nothing, TreeShape("best", 40), 40)
+    assert len(set(paths(full))) == full.size == 40
+    assert padded(few, 2) is few
 
 
 def test_a_tree_is_bounded_by_what_there_is():

@@ -65,6 +65,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     study.add_places(parser)
     parser.add_argument("--rows", type=int, default=ROWS, help="to train on, per task")
+    parser.add_argument(
+        "--own-rows", type=int, help="of these, to be answered by the base (default: all)"
+    )
     parser.add_argument("--valid-rows", type=int, default=VALID_ROWS, help="held out, per task")
     parser.add_argument("--minutes", type=float, default=60, help="of DialogSum's base")
     args = parser.parse_args()
@@ -84,7 +87,8 @@ def main():
         model, tokenizer = load(str(study.base_of(task, args.work, args.base)))
         for name, rows in parts.items():
             longest, cache = study.TASKS[task].max_tokens, folder / "own/answers"
-            write(folder / f"own/{name}.jsonl", complete(model, tokenizer, [*rows], longest, cache))
+            prompts = [*rows][: args.own_rows]
+            write(folder / f"own/{name}.jsonl", complete(model, tokenizer, prompts, longest, cache))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Compiled halves of a step, one trace per bucket of shapes.
 
-A trace costs some hundred milliseconds and saves a few per call, so the keys that rows may look at
-are rounded up, a bucket is compiled when it has been used for a while (a long answer leaves each for good
-after a few dozen passes; the short lengths come back with every answer), and old traces go. Where MLX
-cannot compile, it runs the plain function instead.
+A trace costs two or three calls of the plain function and then saves most of each, so the keys that rows
+may look at are rounded up, a bucket is compiled when it is met again and again, and old traces go. Where
+MLX cannot compile, it runs the plain function instead.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Hashable
 import mlx.core as mx
 
 MOST = 128  # traces kept
-WORTH = 16  # calls after which a trace (100 ms) has cost as much as it would have saved (6 ms each)
+WORTH = 2  # calls after which a trace has cost as much as it would have saved
 
 
 def round_up(length: int) -> int:

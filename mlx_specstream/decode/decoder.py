@@ -23,7 +23,7 @@ from ..model.seams import Seams
 from .buckets import Buckets, round_up
 from .choose import Drawn, Greedy, Opaque, logprobs_of
 from .compiling import compiles
-from .draft import CopiedText, Guesses
+from .draft import CopiedText, Guesses, padded
 from .plan import NextPass, Steering
 from .record import PassRecord, Record
 from .step import (
@@ -37,7 +37,7 @@ from .step import (
     stream_logits,
     verify_pass,
 )
-from .tree import HostTree, Tree
+from .tree import HostTree, Tree, TreeShape
 from .verify import Accepted, descend
 
 if TYPE_CHECKING:
@@ -183,10 +183,11 @@ class Decoder:
         if copied is not None and guesses is not None and copied.unlikely:
             copied = None
         if copied is not None and copied.tokens:
-            text = copied_text(copied, self.copier.longest)
+            text = CopiedText.of(copied.tokens, copied.logprobs, self.copier.longest)
         plan = self.steering.next_pass(guesses, text, self.buffers.offset)
         if plan.nodes == 1:
             guesses = text = copied = None
+        guesses, text = self._filled(plan.tree, guesses, text)
         if self.place == 0 and self._prompt.size > 1:
             shape, verified = self._run_prompt(plan)
         else:
@@ -197,6 +198,14 @@ class Decoder:
             mx.eval(verified.logits)
         seconds = time.perf_counter() - tic
         self._flight = _Flight(shape, plan, self.place, verified, copied, seconds, self.recheck)
+
+    def _filled(self, tree: TreeShape, guesses, text):
+        """All streams and a text, empty perhaps, so that one trace serves every draft of a size."""
+        if guesses is None or tree.kind != "best":
+            return guesses, text
+        if text is None and self.copier is not None:
+            text = CopiedText.of([], [], self.copier.longest)
+        return padded(guesses, self.config.num_streams), text
 
     def _run_prompt(self, plan: NextPass) -> tuple[PassShape, Verified]:
         """The end of the prompt and its own choice in one go."""
@@ -427,17 +436,6 @@ class Decoder:
     def _advance(self, count: int) -> None:
         self.buffers.offset += count
         self._offset = mx.array(self.buffers.offset, dtype=mx.int32)
-
-
-def copied_text(copied: Copied, slots: int) -> CopiedText:
-    """The copied text as arrays of fixed size, so that its length does not make a new bucket."""
-    tokens = np.full(slots, -1, np.int32)
-    logprobs = np.full((2, slots), -20.0, np.float32)
-    n = min(slots, len(copied.tokens))
-    tokens[:n] = copied.tokens[:n]
-    logprobs[0, :n] = np.minimum(copied.logprobs[:n], -1e-4)
-    logprobs[1, :n] = np.log(-np.expm1(logprobs[0, :n]))
-    return CopiedText(mx.array(tokens), mx.array(logprobs))
 
 
 def lazy_logprobs(logits: mx.array, node: int) -> mx.array:

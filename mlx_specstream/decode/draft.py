@@ -18,6 +18,7 @@ import numpy as np
 from .tree import Tree, TreeShape
 
 LEAST = -20.0  # log-probability below which one guess is as good as another
+DEAD = -1e4  # added to that of a node which is no node
 BLOCK = 32  # tokens of a block in the search for the likeliest
 
 
@@ -42,6 +43,17 @@ class CopiedText(NamedTuple):
 
     tokens: mx.array
     logprobs: mx.array
+
+    @classmethod
+    def of(cls, tokens: list[int], logprobs: list[float], slots: int) -> CopiedText:
+        """Of fixed size, so that the length of a text does not make a new trace; may be empty."""
+        n = min(slots, len(tokens))
+        said = np.full(slots, -1, np.int32)
+        right = np.full((2, slots), LEAST, np.float32)
+        said[:n] = tokens[:n]
+        right[0, :n] = np.minimum(logprobs[:n], -1e-4)
+        right[1, :n] = np.log(-np.expm1(right[0, :n]))
+        return cls(mx.array(said), mx.array(right))
 
 
 def guesses_from(
@@ -90,6 +102,18 @@ def conditioned(logprobs: mx.array, change: mx.array) -> mx.array:
     rest = mx.log1p(-said)[:, None, None]
     moved = logprobs[:, None] + change
     return moved - mx.logaddexp(mx.logsumexp(moved, axis=-1, keepdims=True), rest)
+
+
+def padded(guesses: Guesses, streams: int) -> Guesses:
+    """Guesses of so many streams, the added ones as unlikely as can be; tokens of a stream differ."""
+    g, K = guesses.tokens.shape
+    if g == streams:
+        return guesses
+    tokens = mx.broadcast_to(mx.arange(K, dtype=mx.int32), (streams - g, K))
+    logprobs = mx.full((streams - g, *guesses.logprobs.shape[1:]), LEAST)
+    return Guesses(
+        mx.concatenate([guesses.tokens, tokens]), mx.concatenate([guesses.logprobs, logprobs])
+    )
 
 
 def draft(
@@ -196,7 +220,7 @@ def _candidates(guesses, copied, shape: TreeShape, xp):
     own = np.arange(1, C + 1, dtype=np.int32)
     score = xp.cumsum(xp.maximum(copied.logprobs[0], LEAST), axis=0)
     dead = (xp.array(own) <= agreed) | (copied.tokens < 0)
-    score = xp.where(dead, score + LEAST * (S + C), score)
+    score = xp.where(dead, score + DEAD, score)
     tail = xp.where(xp.array(own[None] <= own[:, None]), copied.tokens[None], -1)  # [C, C]
     paths = xp.concatenate([_widen(paths, D, xp), _widen(tail, D, xp)], axis=0)
     logprobs = xp.concatenate([logprobs, score])
@@ -210,11 +234,13 @@ def _along(guesses: Guesses, ranks: np.ndarray, xp):
     if guesses.logprobs.ndim == 2:
         at = xp.array((column + ranks).astype(np.int32))
         return guesses.tokens.reshape(-1)[at], guesses.logprobs.reshape(-1)[at]
-    # Which guess a rank means depends on the guess before it, so level by level.
+    # Which guess a rank means depends on the guess before it, so level by level. Widths and offsets are
+    # arrays: a number would be part of a kernel, and every K and level have one of their own.
     order = xp.argsort(-guesses.logprobs, axis=-1).astype(xp.int32).reshape(-1)  # [g * K * K]
     guess, edge = [xp.zeros(ranks.shape[:1], dtype=xp.int32)], []
+    width = xp.array(np.full(len(ranks), K, np.int32))
     for level in range(g):
-        row = (guess[-1] + level * K) * K
+        row = guess[-1] * width + xp.array(np.full(len(ranks), level * K * K, np.int32))
         guess.append(order[row + xp.array(ranks[:, level].astype(np.int32))])
         edge.append(row + guess[-1])
     tokens = guesses.tokens.reshape(-1)[xp.stack(guess[1:], axis=1) + xp.array(column)]

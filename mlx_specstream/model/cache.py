@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from ..errors import BadArgument
+from .rows import clamped
 from .window import WindowedKVCache, window_of
 
 
@@ -83,8 +84,7 @@ class RowStore:
 
     def write(self, keys: mx.array, values: mx.array) -> None:
         """Put rows [B, K, R, D] at ``at``."""
-        most = self.keys.shape[2] - keys.shape[2]
-        at = mx.clip(self.at, 0, most).reshape(1)
+        at = clamped(self.at, self.keys.shape[2] - keys.shape[2])
         self.keys = mx.slice_update(self.keys, keys.astype(self.keys.dtype), at, axes=(2,))
         self.values = mx.slice_update(self.values, values.astype(self.values.dtype), at, axes=(2,))
 

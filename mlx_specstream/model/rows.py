@@ -86,8 +86,18 @@ class Rows:
             here = self.positions[:, :, None]
             seen = seen & (here < base + where[None, None] + window)
             sees = sees & (here < self.positions[:, None, :] + window)
-        at = mx.clip(at, 0, length - self.count).reshape(1)
+        at = clamped(at, length - self.count)
         return mx.slice_update(seen, sees, at, axes=(2,))[:, None]
+
+
+def clamped(at: mx.array, most: int) -> mx.array:
+    """``at`` (int32 []) within 0..most, int32 [1]: where MLX may write without leaving an array.
+
+    ``most`` is of two elements because a single number becomes part of a kernel's code: then every pair
+    of sizes would have a kernel of its own to be compiled.
+    """
+    limit = mx.array([most, most], dtype=mx.int32)
+    return mx.maximum(mx.minimum(at, limit), 0)[:1]
 
 
 def causal_rows(start: int | mx.array, length: int) -> Rows:
