@@ -105,7 +105,7 @@ def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder, monkeypatch):
     for greedy in (True, False):  # all streams and fewer of them
         gammas = {key[-1] for key in used if "streams" in key[0] and key[-2] != greedy}
         assert gammas == {None, 1, 2}
-    assert {key[-2] for key in used if key[0] == "pass"} == {0, 1, 2, 3}
+    assert {key[-2] for key in used if key[0] == "pass"} == {0, 3}, "fewer are filled up"
     assert len(folder) >= len(set(used)) > 5
 
 
