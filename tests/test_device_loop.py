@@ -15,7 +15,7 @@ from tiny_models import attached, make_tokenizer
 from mlx_specstream.decode import decoder as loop
 from mlx_specstream.decode.buckets import MOST, Buckets, round_up
 from mlx_specstream.decode.choose import Drawn, Greedy, TemperatureSampler
-from mlx_specstream.decode.copy import Copier
+from mlx_specstream.decode.copy import Copied, Copier
 from mlx_specstream.decode.plan import Fixed, make_plan
 from mlx_specstream.decode.prune import PruneRule
 from mlx_specstream.model.cache import make_prompt_cache
@@ -250,6 +250,35 @@ def test_one_trace_serves_drafts_of_fewer_streams_with_text_and_without(seams):
     seams.kept.clear()
     steps, _, _ = answer(seams, "best:4", "deferred", prompt=prompt, length=60)
     assert said == [token for tokens in steps for token in tokens]
+
+
+@pytest.mark.parametrize("tree", ["chain", "cartesian:2"])
+def test_a_text_that_agrees_with_the_guesses_changes_no_answer(seams, tree):
+    """Such trees hold every slot of the text, so a node may stand twice: it counts once."""
+
+    class Agreeing(Copier):
+        def propose(self):
+            found, guesses = super().propose(), self.decoder._guesses
+            if guesses is None:
+                return found
+            first = guesses.tokens[:, 0].tolist()
+            return Copied(first, [-0.3] * len(first), [("", "", "")] * len(first))
+
+        def observe(self, copied, right, tried):
+            pass
+
+    seams.kept.clear()
+    copier = Agreeing(make_tokenizer(), PROMPT)
+    copier.decoder = decoder = decoder_for(seams, PROMPT, tree, "deferred", copier=copier)
+    said, logprobs = [], []
+    while len(said) < 40:
+        step = decoder.step(40 - len(said), ())
+        said, logprobs = said + step.tokens, logprobs + step.logprobs
+    plain = mx.array([PROMPT + said[:-1]])
+    logits = seams.model(plain)[0, len(PROMPT) - 1 :]
+    assert said == mx.argmax(logits, axis=-1).tolist()
+    want = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    assert_close(mx.stack(logprobs), want, 1e-4, "log-probabilities")
 
 
 def test_a_replaced_weight_is_seen(seams):

@@ -201,7 +201,7 @@ class Decoder:
 
     def _filled(self, tree: TreeShape, guesses, text):
         """All streams and a text, empty perhaps, so that one trace serves every draft of a size."""
-        if guesses is None or tree.kind != "best":
+        if guesses is None or self.config is None or tree.kind != "best":
             return guesses, text
         if text is None and self.copier is not None:
             text = CopiedText.of([], [], self.copier.longest)

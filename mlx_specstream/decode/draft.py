@@ -262,6 +262,11 @@ def _tree(root: mx.array, paths: mx.array, depth: mx.array, is_copy: mx.array) -
     # k is an ancestor of i if its path is the beginning of i's.
     same = (paths[:, None] == paths[None]) | (level >= depth[:, None])[None]  # [n, n, D]
     ancestors = same.all(axis=-1) & (depth[None] <= depth[:, None])
+    # A copied text may say what a guess says already: of equal nodes all count as the first.
+    n = mx.arange(paths.shape[0])
+    twins = ancestors & (depth[None] == depth[:, None])
+    first = mx.argmax(twins, axis=-1) == n
+    ancestors = ancestors & (first[None] | (n[:, None] == n[None]))
     above = ancestors & (depth[None] == depth[:, None] - 1)
     last = mx.take_along_axis(paths, mx.maximum(depth - 1, 0)[:, None], axis=1)[:, 0]
     tokens = mx.where(depth == 0, root, mx.maximum(last, 0))

@@ -10,6 +10,7 @@ Glossary: B batch, n main nodes, g streams (gamma), R = n + g * n rows, T cached
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -96,8 +97,13 @@ def clamped(at: mx.array, most: int) -> mx.array:
     ``most`` is of two elements because a single number becomes part of a kernel's code: then every pair
     of sizes would have a kernel of its own to be compiled.
     """
-    limit = mx.array([most, most], dtype=mx.int32)
-    return mx.maximum(mx.minimum(at, limit), 0)[:1]
+    return mx.maximum(mx.minimum(at, _twice(most)), 0)[:1]
+
+
+@lru_cache(maxsize=256)
+def _twice(number: int) -> mx.array:
+    """The same array for the same number, so that a trace holds one clamp for all layers."""
+    return mx.array([number, number], dtype=mx.int32)
 
 
 def causal_rows(start: int | mx.array, length: int) -> Rows:
