@@ -109,6 +109,27 @@ def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder, monkeypatch):
     assert len(folder) >= len(set(used)) > 5
 
 
+@pytest.mark.parametrize("settings", [{"num_streams": 1}, {"main_sees_streams": True}])
+def test_a_warm_up_makes_drafts_without_text_where_no_fewer_streams_are_asked(
+    folder, monkeypatch, settings
+):
+    """Nothing else would make such a pass there: the planner's drafts have a text, an empty one at least."""
+    seams = attached(**settings)
+    mark_of(seams).parent.mkdir(parents=True)
+    used = []
+
+    class Seen(Buckets):
+        def get(self, key, make, compiled=True):
+            used.append(key)
+            return super().get(key, make, compiled)
+
+    monkeypatch.setattr(compiling, "Buckets", Seen)
+    warm_up(seams.model, make_tokenizer(ends=False))
+    drafts = {key[-2:] for key in used if key[0] == "pass" and key[-2]}
+    streams = settings.get("num_streams", 3)
+    assert drafts == {(streams, True), (streams, False)}
+
+
 def test_a_folder_that_cannot_be_written_is_no_failure(folder):
     remember_kernels(attached())  # MLX's folder is not there
 

@@ -162,6 +162,22 @@ def test_a_copied_text_competes_in_the_same_tree(size, seed):
     assert len(set(paths(tree))) == size, "a node stands twice"
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "gamma"), [("chain", 1, 3), ("cartesian", 2, 3), ("best", 16, 1)]
+)
+def test_a_text_that_says_what_the_guesses_say_stands_above_a_node_once(kind, size, gamma):
+    """Trees with room for every slot hold a node twice: of equal nodes all count as the first."""
+    guesses = random_guesses(np.random.default_rng(7), gamma, 9, 8)
+    text = [*guesses.tokens[:, 0].tolist(), 6, 5]
+    tree = make(3, guesses, kind, size, copied(text, [0.8] * len(text), len(text)))
+    said, first = paths(tree), {}
+    for node, path in enumerate(said):
+        first.setdefault(path, node)
+    assert len(first) < tree.size, "none stands twice here"
+    assert tree.ancestors.sum(axis=1).tolist() == [len(path) + 1 for path in said]
+    assert tree.parents.tolist()[1:] == [first[path[:-1]] for path in said[1:]]
+
+
 def test_a_copied_text_without_streams_is_a_chain():
     tree = make(9, None, "best", 5, copied([4, 4, 2, 6], [0.9, 0.8, 0.7, 0.6], 5))
     assert paths(tree) == [(), (4,), (4, 4), (4, 4, 2), (4, 4, 2, 6)]

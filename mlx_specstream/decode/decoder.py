@@ -295,9 +295,9 @@ class Decoder:
             tree = HostTree.of(verified.tree)
             path, tokens = descend(tree, self.chooser.token, limit=limit, stop=stop)
             logprobs = [self.chooser.logprobs(node) for node in path]
-            padded = np.zeros(flight.shape.depth + 1, np.int32)
-            padded[: len(path)] = path
-            accepted = Accepted(mx.array(padded), mx.array(len(path), dtype=mx.int32), None)
+            nodes = np.zeros(flight.shape.depth + 1, np.int32)
+            nodes[: len(path)] = path
+            accepted = Accepted(mx.array(nodes), mx.array(len(path), dtype=mx.int32), None)
         else:
             accepted = verified.accepted
             if accepted is None:

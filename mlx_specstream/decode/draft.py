@@ -266,7 +266,7 @@ def _tree(root: mx.array, paths: mx.array, depth: mx.array, is_copy: mx.array) -
     n = mx.arange(paths.shape[0])
     twins = ancestors & (depth[None] == depth[:, None])
     first = mx.argmax(twins, axis=-1) == n
-    ancestors = ancestors & (first[None] | (n[:, None] == n[None]))
+    ancestors = ancestors & ((first[None] & ~twins) | (n[:, None] == n[None]))
     above = ancestors & (depth[None] == depth[:, None] - 1)
     last = mx.take_along_axis(paths, mx.maximum(depth - 1, 0)[:, None], axis=1)[:, 0]
     tokens = mx.where(depth == 0, root, mx.maximum(last, 0))

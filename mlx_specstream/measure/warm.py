@@ -17,6 +17,10 @@ from ..model.seams import Seams, seams_of
 
 TOKENS = 24
 TREES = ("best:4", None)  # None: the planner's, which begins without streams now and then
+WAYS = [  # tree, copies, use_streams
+    *((tree, True, streams) for tree in TREES for streams in (False, True)),
+    ("best:4", False, True),  # of its own where there are no drafts of fewer streams to fill up
+]
 
 
 def warm_up(model: nn.Module, tokenizer) -> None:
@@ -31,21 +35,20 @@ def warm_up(model: nn.Module, tokenizer) -> None:
     learned = _forget(seams.kept)
     prompt = [token for token in range(8) for _ in range(2)] * 3  # repeats itself: is copied
     with compiled_at_once(seams):
-        for tree in TREES:
-            for temp in (0.0, 0.7):
-                for streams in (False, True) if seams.streams else (False,):
-                    for _ in stream_generate(
-                        model,
-                        tokenizer,
-                        prompt,
-                        max_tokens=TOKENS,
-                        tree=tree,
-                        copies=True,
-                        use_streams=streams,
-                        sampler=make_sampler(temp),
-                        seed=0,
-                    ):
-                        pass
+        for tree, copies, streams in WAYS:
+            for temp in (0.0, 0.7) if seams.streams or not streams else ():
+                for _ in stream_generate(
+                    model,
+                    tokenizer,
+                    prompt,
+                    max_tokens=TOKENS,
+                    tree=tree,
+                    copies=copies,
+                    use_streams=streams,
+                    sampler=make_sampler(temp),
+                    seed=0,
+                ):
+                    pass
         for gamma in fewer(seams):
             draft_with(seams, gamma, prompt)
     _forget(seams.kept)
