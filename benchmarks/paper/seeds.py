@@ -3,7 +3,8 @@
     python benchmarks/paper/seeds.py --work WORK --base M --seeds 0 1 2
 
 Nothing is timed, so the machine may do other things, and exact replays are cheap enough for more prompts
-than ``headline.py`` decodes. Rows are what ``train_all.py`` made; one that is missing is left out.
+than ``headline.py`` decodes. Rows are what ``train_all.py`` made; one that is missing is left out. With
+``--rows`` only these are measured, the others of the file stay.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
@@ -36,7 +37,7 @@ def measure(task: str, args) -> dict:
     """Row -> seed -> its steps and, by tree, its tokens per pass."""
     prompts, answers, stop = own_answers(task, args)
     path, rows = study.base_of(task, args.work, args.base), {}
-    for row in (*LOSSLESS, *HEADS):
+    for row in args.rows:
         for seed in args.seeds:
             folder = folder_of(row, task, args.work, seed)
             if not (folder / MADE.get(row, DESCRIPTION)).exists():
@@ -72,14 +73,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     study.add_places(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    every = [*LOSSLESS, *HEADS]
+    parser.add_argument("--rows", nargs="+", choices=every, default=every)
     parser.add_argument("--prompts", type=int, default=100, help="per task")
     args = parser.parse_args()
     for task in args.tasks:
-        results = measure(task, args)
+        results, path = measure(task, args), study.RESULTS / f"seeds-{task}.json"
         if not results["rows"]:
             print(f"{task}: nothing is trained")
             continue
-        study.save_json(study.RESULTS / f"seeds-{task}.json", results)
+        before = study.read_json(path)
+        if before.get("prompts") == args.prompts:
+            results["rows"] = {**before["rows"], **results["rows"]}
+        study.save_json(path, results)
         print(f"\n{table(results)}\n")
 
 
