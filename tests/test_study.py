@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import mlx.core as mx
@@ -198,6 +199,22 @@ def test_the_headline_table():
     assert len(lines) == 5
     assert lines[3] == "| a | 47,120 | 3.10 | 2.50 | 1.70x (1.60x-1.80x) | 42.0 | 90% |"
     assert lines[4].startswith("| draft-model | 900,000 | 2.20 | 1.90 | 0.90x |")
+
+
+def test_this_machine_is_timed_once_for_streams_of_one_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "load_stock", lambda path: (make_model("llama"), None))
+    monkeypatch.setattr(curves, "COSTS", {"rows": (1, 3), "contexts": (6,), "repeats": 1})
+    known = {"geometry": "known", "config": None}
+    new = {"geometry": "g2", "config": {"num_streams": 2, "msa_layers": 1, "lora_rank": 3}}
+    found = {"costs": {"known": 5}, "tasks": {"e2e": {"a": known, "b": new}, "sqlctx": {"c": new}}}
+    study.save_json(tmp_path / curves.RESULT, found)
+    curves.time_machine(SimpleNamespace(base=tmp_path, results=tmp_path))
+    after = study.read_json(tmp_path / curves.RESULT)
+    assert after["tasks"] == found["tasks"]
+    assert after["costs"].pop("known") == 5
+    assert list(after["costs"]) == ["g2"]
+    assert Costs.from_json(after["costs"]["g2"]).rows == (1, 3)
+    assert after["timed on"]["mlx"]
 
 
 def test_predicted_speeds_and_pages(tmp_path):

@@ -1,15 +1,17 @@
 """The curves: tokens per pass against each choice, from short runs of equal length.
 
     python benchmarks/paper/curves.py train --work WORK --base M --iters 400
-    python benchmarks/paper/curves.py measure --work WORK --base M [--costs]
+    python benchmarks/paper/curves.py measure --work WORK --base M
+    python benchmarks/paper/curves.py costs --base M     # idle machine: it times
     python benchmarks/paper/curves.py plot
 
 A point is the default streams with one choice changed, trained for as many steps; what the layers below
 the default cut make of the data is kept on disk. ``measure`` replays trees exactly on the base's own
 answers to held-out prompts of the train split; pruning, whose drafts depend on what was kept, is
 decoded. Predicted speeds are arithmetic: tokens per pass over what the pass and its streams cost on
-this machine (``--costs`` measures that, once per geometry, on an idle machine) or by the row costs that
-others published for Apple chips. Everything can be killed and goes on.
+this machine (``costs`` measures that, once per geometry; values of streams cost nothing, so new ones
+stand for trained ones) or by the row costs that others published for Apple chips. Everything can be
+killed and goes on.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
@@ -24,16 +26,19 @@ import mlx.core as mx
 from curve_plots import plot
 from mac_predictions import costs_of, published_curves
 from machine import about_machine
+from mlx_lm import load as load_stock
 from study import Run, train_command
 
 from mlx_specstream import load
+from mlx_specstream.config import StreamConfig
 from mlx_specstream.decode.costs import Costs
 from mlx_specstream.decode.prune import PruneRule
 from mlx_specstream.generate import stream_generate
 from mlx_specstream.measure.evaluate import accuracy, replayed
 from mlx_specstream.measure.rows import measure_costs
-from mlx_specstream.model.seams import seams_of
+from mlx_specstream.model.seams import attach, seams_of
 from mlx_specstream.train.data import Example, read_examples
+from mlx_specstream.train.initial import new_streams
 
 DEFAULT = {
     **{"num_streams": 4, "msa_layers": 1, "lora_rank": 32, "condition_rank": 0, "root_rank": 0},
@@ -120,10 +125,6 @@ def measure(args) -> None:
                 continue
             model, tokenizer = load(base, streams=folder)
             seams, stop = seams_of(model), tokenizer.eos_token_ids
-            if args.costs and geometry(seams) not in found["costs"]:
-                costs = measure_costs(seams, **COSTS, inline=False)
-                found["costs"][geometry(seams)] = costs.to_json()
-                study.save_json(path, found)
             about = study.read_json(folder / "streams.json")
             of = hashlib.sha256(json.dumps([about, args.prompts]).encode()).hexdigest()[:16]
             if rows.get(point, {}).get("of") == of:
@@ -154,6 +155,21 @@ def measure(args) -> None:
             best = rows[point]["trees"][study.BEST]["tokens_per_pass"]
             print(f"{task} {point}: {best:.3f} tokens per pass with {study.BEST}", flush=True)
             mx.clear_cache()
+
+
+def time_machine(args) -> None:
+    """What passes and streams cost here, for every geometry of the file that lacks it."""
+    path = args.results / RESULT
+    found = study.read_json(path)
+    for point in (p for rows in found["tasks"].values() for p in rows.values()):
+        if point["geometry"] in found["costs"]:
+            continue
+        model, _ = load_stock(str(args.base))
+        seams = attach(model, new_streams(model, StreamConfig(**point["config"])))
+        costs = measure_costs(seams, **COSTS, inline=False)
+        found["costs"][point["geometry"]] = costs.to_json()
+        study.save_json(path, {**found, "timed on": about_machine()})
+        print(f"{point['geometry']}: {costs.plain_ms[0]:.1f} ms a plain token", flush=True)
 
 
 def held_out(own: Path, tokenizer, count: int) -> list[list[int]]:
@@ -272,9 +288,12 @@ def main():
     look = commands.add_parser("measure")
     study.add_places(look)
     look.add_argument("--prompts", type=int, default=60, help="per task")
-    look.add_argument("--costs", action="store_true", help="time this machine, which must be idle")
     look.add_argument("--results", type=Path, default=study.RESULTS)
     look.set_defaults(run=measure)
+    clock = commands.add_parser("costs")
+    clock.add_argument("--base", type=Path, required=True)
+    clock.add_argument("--results", type=Path, default=study.RESULTS)
+    clock.set_defaults(run=time_machine)
     draw = commands.add_parser("plot")
     draw.add_argument("--results", type=Path, default=study.RESULTS)
     draw.add_argument("--docs", type=Path, default=study.HERE.parents[1] / "docs")
