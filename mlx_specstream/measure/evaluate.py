@@ -153,7 +153,7 @@ class Evaluation:
             progress(self.answered, len(self.questions))
 
     def warm_up(self, prompts: int | None = None) -> None:
-        """Decode the first prompts untimed. A pass is traced when its sizes were seen 16 times."""
+        """Decode the first prompts untimed: a pass is traced when its sizes come up again and again."""
         for question in self.questions[: WARM_UP if prompts is None else prompts]:
             for way in self.ways:
                 decode(way, question.prompt.tokens, Record() if way.drafts else None)
