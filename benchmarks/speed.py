@@ -3,8 +3,8 @@
     python benchmarks/speed.py --model M --streams S --prompts 100 --pairs 10 \
         --out benchmarks/results/speed.json
 
-Every prompt runs once in each way, one way after the other, so that a slow moment of the machine
-falls on all. The prompts are split into ``--pairs`` groups; the ratio of a group is sum over sum.
+Every prompt runs once in each way, one way after the other and in turns, so that a slow moment of the
+machine falls on all. The prompts are split into ``--pairs`` groups; the ratio of a group is sum over sum.
 Printed: the median ratio of the groups and their quartiles, the ratio over all, tokens per pass, and
 the cost of a pass (tokens per pass / speed-up). Other prompts warm up compiled code first.
 ``planned`` is what users get: copies, streams and plain decoding,
@@ -87,8 +87,8 @@ def main():
         generated, first = [], {way: [] for way in ways}
         passes, same = dict.fromkeys(args.ways, 0), dict.fromkeys(args.ways, 0)
         for index, prompt in enumerate(others + prompts):
-            said = None
-            for way in ways:
+            turn, said = index % len(ways), {}  # each way comes behind every other one as often
+            for way in (*ways[turn:], *ways[:turn]):
                 generate = mlx_specstream.stream_generate if way else stock_stream_generate
                 now, out, begun = seconds(
                     generate,
@@ -102,12 +102,13 @@ def main():
                     continue
                 taken[way].append(now)
                 first[way].append(begun)
-                if way is None:
-                    said = [r.token for r in out]
-                    generated.append(len(said))
-                else:
+                said[way] = [r.token for r in out]
+                if way is not None:
                     passes[way] += out[-1].passes
-                    same[way] += [r.token for r in out] == said
+            if said:
+                generated.append(len(said[None]))
+                for way in args.ways:
+                    same[way] += said[way] == said[None]
         rows = results["tasks"][task] = {
             "generated_tokens": generated,
             "seconds": {way or "mlx_lm": t for way, t in taken.items()},

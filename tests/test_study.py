@@ -217,6 +217,22 @@ def test_this_machine_is_timed_once_for_streams_of_one_shape(tmp_path, monkeypat
     assert after["timed on"]["mlx"]
 
 
+def test_passes_of_all_geometries_are_one_measurement():
+    """A slow moment, here that of c, changes nothing: streams count in plain tokens of their moment."""
+    timed = {
+        name: Costs((1, 9), (5,), ((p, 3 * p),), ((d, d + 1),), None, (plain,), True).to_json()
+        for name, plain, p, d in (
+            ("a", 8.0, 10.0, 4.0),
+            ("b", 8.0, 9.0, 2.0),
+            ("c", 16.0, 20.0, 6.0),
+        )
+    }
+    found = curves.pooled(timed)
+    assert {(c.plain_ms, c.pass_ms) for c in found.values()} == {((8.0,), ((10.0, 30.0),))}
+    deferred = {name: c.deferred_ms for name, c in found.items()}
+    assert deferred == {"a": ((4.0, 5.0),), "b": ((2.0, 3.0),), "c": ((3.0, 3.5),)}
+
+
 def test_predicted_speeds_and_pages(tmp_path):
     costs = Costs((1, 9), (0,), ((10.0, 26.0),), ((4.0, 4.0),), None, (8.0,), True)
     trees = {

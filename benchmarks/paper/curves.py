@@ -20,9 +20,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from curve_plots import plot
 from mac_predictions import costs_of, published_curves
 from machine import about_machine
@@ -217,6 +219,24 @@ def speeds(point: dict, costs: Costs, context: int) -> dict[str, float]:
     return found
 
 
+def pooled(costs: dict) -> dict[str, Costs]:
+    """Geometry -> row costs of this machine, with what no streams change taken from all that was timed.
+
+    Passes without streams and plain tokens are the same in every geometry, and a busy moment of the
+    machine is not: their medians over all geometries serve each. Streams stay in the plain tokens of their
+    own moment.
+    """
+    every = {name: Costs.from_json(each) for name, each in costs.items()}
+    plain = np.median([c.plain_ms for c in every.values()], axis=0)  # [contexts]
+    own = {name: plain[:, None] / np.array(c.plain_ms)[:, None] for name, c in every.items()}
+    passes = np.median([own[name] * np.array(c.pass_ms) for name, c in every.items()], axis=0)
+    shared = {"plain_ms": plain.tolist(), "pass_ms": passes.tolist()}
+    return {
+        name: replace(c, **shared, deferred_ms=(own[name] * np.array(c.deferred_ms)).tolist())
+        for name, c in every.items()
+    }
+
+
 def predicted(point: dict, found: dict, model: dict) -> dict[str, dict]:
     """Machine -> the best tree and its predicted speed against plain decoding.
 
@@ -226,8 +246,7 @@ def predicted(point: dict, found: dict, model: dict) -> dict[str, dict]:
     shape = {"msa_layers": point["config"]["msa_layers"], "streams": point["config"]["num_streams"]}
     machines = {c["name"]: (costs_of(c, **shape, **model), 0) for c in published_curves()}
     if point["geometry"] in found["costs"]:
-        costs = Costs.from_json(found["costs"][point["geometry"]])
-        machines["this machine"] = costs, CONTEXT
+        machines["this machine"] = pooled(found["costs"])[point["geometry"]], CONTEXT
     result = {}
     for name, (costs, context) in machines.items():
         every = speeds(point, costs, context)

@@ -1,8 +1,8 @@
 """Compiled halves of a step, one trace per bucket of shapes.
 
-A trace costs two or three calls of the plain function and then saves most of each, so the keys that rows
-may look at are rounded up, a bucket is compiled when it is met again and again, and old traces go. Where
-MLX cannot compile, it runs the plain function instead.
+A trace costs about as much as it saves in its first call, so the keys that rows may look at are rounded
+up, a bucket is compiled when it is met again, and old traces go. Where MLX cannot compile, it runs the
+plain function instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 import mlx.core as mx
 
 MOST = 128  # traces kept
-WORTH = 2  # calls after which a trace has cost as much as it would have saved
+WORTH = 1  # calls after which a trace has cost as much as it would have saved
 
 
 def round_up(length: int) -> int:
