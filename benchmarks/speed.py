@@ -3,8 +3,8 @@
     python benchmarks/speed.py --model M --streams S --prompts 100 --pairs 10 \
         --out benchmarks/results/speed.json
 
-Every prompt runs once in each way, one way after the other and in turns, so that a slow moment of the
-machine falls on all. The prompts are split into ``--pairs`` groups; the ratio of a group is sum over sum.
+Every prompt runs once in each way, in an order of its own, so that a slow moment of the machine falls on
+all, and no way always comes behind the same other one. The prompts are split into ``--pairs`` groups; the ratio of a group is sum over sum.
 Printed: the median ratio of the groups and their quartiles, the ratio over all, tokens per pass, and
 the cost of a pass (tokens per pass / speed-up). Other prompts warm up compiled code first.
 ``planned`` is what users get: copies, streams and plain decoding,
@@ -14,6 +14,7 @@ weighed with the row costs measured at the start (``mlx-specstream tune``).
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 
@@ -87,8 +88,8 @@ def main():
         generated, first = [], {way: [] for way in ways}
         passes, same = dict.fromkeys(args.ways, 0), dict.fromkeys(args.ways, 0)
         for index, prompt in enumerate(others + prompts):
-            turn, said = index % len(ways), {}  # each way comes behind every other one as often
-            for way in (*ways[turn:], *ways[:turn]):
+            said = {}
+            for way in random.Random(index).sample(ways, len(ways)):
                 generate = mlx_specstream.stream_generate if way else stock_stream_generate
                 now, out, begun = seconds(
                     generate,
