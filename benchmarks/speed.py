@@ -4,11 +4,11 @@
         --out benchmarks/results/speed.json
 
 Every prompt runs once in each way, in an order of its own, so that a slow moment of the machine falls on
-all, and no way always comes behind the same other one. The prompts are split into ``--pairs`` groups; the ratio of a group is sum over sum.
-Printed: the median ratio of the groups and their quartiles, the ratio over all, tokens per pass, and
-the cost of a pass (tokens per pass / speed-up). Other prompts warm up compiled code first.
-``planned`` is what users get: copies, streams and plain decoding,
-weighed with the row costs measured at the start (``mlx-specstream tune``).
+all, and no way always comes behind the same other one. The prompts are split into ``--pairs`` groups; the
+ratio of a group is sum over sum. Printed: the median ratio of the groups and their quartiles, the ratio
+over all, tokens per pass, and the cost of a pass (tokens per pass / speed-up). Other prompts warm up
+compiled code first. ``planned`` is what users get: copies, streams and plain decoding, weighed with the
+row costs measured at the start (``mlx-specstream tune``).
 """
 
 import mlx_specstream  # first: it finds a fast BLAS before mlx loads  # isort: skip
