@@ -21,7 +21,7 @@ exactly.
 
 *Predicted* columns are arithmetic, nothing measured there: tokens per pass of the best tree for that
 machine over what the pass costs by row costs that others published (`tests/data/mac_curves.json`);
-1.00 is plain decoding. "This machine" is the same with row costs measured where the runs were made.
+1.00 is plain decoding. "This machine" is the same with row costs measured on two x86 cores (`curves.py costs`).
 """
 
 
