@@ -35,6 +35,20 @@ def folder(monkeypatch, tmp_path):
     return calls
 
 
+@pytest.fixture
+def used(monkeypatch):
+    """Keys of the buckets that were asked for."""
+    keys = []
+
+    class Seen(Buckets):
+        def get(self, key, make, compiled=True):
+            keys.append(key)
+            return super().get(key, make, compiled)
+
+    monkeypatch.setattr(compiling, "Buckets", Seen)
+    return keys
+
+
 def decode(seams):
     tokens = [
         r.token
@@ -82,18 +96,10 @@ def test_whoever_measures_has_it_compiled(folder):
     assert seams.compiles
 
 
-def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder, monkeypatch):
+def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder, used):
     seams = attached()
     mark_of(seams).parent.mkdir(parents=True)
     seams.kept["copies"] = learned = object()
-    used = []
-
-    class Seen(Buckets):
-        def get(self, key, make, compiled=True):
-            used.append(key)
-            return super().get(key, make, compiled)
-
-    monkeypatch.setattr(compiling, "Buckets", Seen)
     mx.random.seed(4)
     state = mx.random.state[0].tolist()
     warm_up(seams.model, make_tokenizer(ends=False))
@@ -111,19 +117,11 @@ def test_a_warm_up_makes_every_kind_and_leaves_a_mark(folder, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"num_streams": 1}, {"main_sees_streams": True}])
 def test_a_warm_up_makes_drafts_without_text_where_no_fewer_streams_are_asked(
-    folder, monkeypatch, settings
+    folder, used, settings
 ):
     """Nothing else would make such a pass there: the planner's drafts have a text, an empty one at least."""
     seams = attached(**settings)
     mark_of(seams).parent.mkdir(parents=True)
-    used = []
-
-    class Seen(Buckets):
-        def get(self, key, make, compiled=True):
-            used.append(key)
-            return super().get(key, make, compiled)
-
-    monkeypatch.setattr(compiling, "Buckets", Seen)
     warm_up(seams.model, make_tokenizer(ends=False))
     drafts = {key[-2:] for key in used if key[0] == "pass" and key[-2]}
     streams = settings.get("num_streams", 3)

@@ -9,7 +9,7 @@ from ..decode.choose import Drawn, Greedy, TemperatureSampler, make_sampler
 from ..decode.compiling import compiled_at_once, remember_kernels
 from ..decode.costs import gammas_below
 from ..decode.decoder import Decoder
-from ..decode.plan import Fixed, Plan
+from ..decode.plan import Fixed, Plan, placements
 from ..decode.tree import TreeShape
 from ..generate import stream_generate
 from ..model.cache import make_prompt_cache
@@ -17,10 +17,6 @@ from ..model.seams import Seams, seams_of
 
 TOKENS = 24
 TREES = ("best:4", None)  # None: the planner's, which begins without streams now and then
-WAYS = [  # tree, copies, use_streams
-    *((tree, True, streams) for tree in TREES for streams in (False, True)),
-    ("best:4", False, True),  # of its own where there are no drafts of fewer streams to fill up
-]
 
 
 def warm_up(model: nn.Module, tokenizer) -> None:
@@ -35,38 +31,40 @@ def warm_up(model: nn.Module, tokenizer) -> None:
     learned = _forget(seams.kept)
     prompt = [token for token in range(8) for _ in range(2)] * 3  # repeats itself: is copied
     with compiled_at_once(seams):
-        for tree, copies, streams in WAYS:
-            for temp in (0.0, 0.7) if seams.streams or not streams else ():
-                for _ in stream_generate(
-                    model,
-                    tokenizer,
-                    prompt,
-                    max_tokens=TOKENS,
-                    tree=tree,
-                    copies=copies,
-                    use_streams=streams,
-                    sampler=make_sampler(temp),
-                    seed=0,
-                ):
-                    pass
-        for gamma in fewer(seams):
+        for tree in TREES:
+            for temp in (0.0, 0.7):
+                for streams in (False, True) if seams.streams else (False,):
+                    for _ in stream_generate(
+                        model,
+                        tokenizer,
+                        prompt,
+                        max_tokens=TOKENS,
+                        tree=tree,
+                        copies=True,
+                        use_streams=streams,
+                        sampler=make_sampler(temp),
+                        seed=0,
+                    ):
+                        pass
+        for gamma in gammas_of(seams):
             draft_with(seams, gamma, prompt)
     _forget(seams.kept)
     seams.kept.update(learned)
     remember_kernels(seams)
 
 
-def fewer(seams: Seams) -> tuple[int, ...]:
-    """Numbers of streams that the planner may ask instead of all."""
+def gammas_of(seams: Seams) -> tuple[int | None, ...]:
+    """Numbers of streams that a draft may come from; None: all of them."""
     config = seams.streams.config if seams.streams else None
-    if config is None or config.main_sees_streams:
+    if config is None:
         return ()
-    return gammas_below(config.num_streams)
+    return None, *(() if config.main_sees_streams else gammas_below(config.num_streams))
 
 
-def draft_with(seams: Seams, gamma: int, prompt: list[int]) -> None:
-    """Some passes whose trees come from ``gamma`` streams, greedy and drawn."""
-    plan = Fixed(Plan(TreeShape("best", 4), "deferred", gamma=gamma))
+def draft_with(seams: Seams, gamma: int | None, prompt: list[int]) -> None:
+    """Some passes whose trees come from ``gamma`` streams and no text, greedy and drawn."""
+    placement = placements(seams.streams.config)[0]
+    plan = Fixed(Plan(TreeShape("best", 4), placement, gamma=gamma))
     for chooser in (Greedy(), Drawn(TemperatureSampler(0.7), 0)):
         stores = make_prompt_cache(seams.model)
         seams.model(mx.array([prompt[:-1]]), cache=stores)
