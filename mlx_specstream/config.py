@@ -9,6 +9,7 @@ from typing import Any
 from .errors import BadArgument
 
 FORMAT_VERSION = 1
+LATER = {"root_rank", "condition_shared"}  # fields that older files lack
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,6 +33,8 @@ class StreamConfig:
         prune_rank: rank theta of the early-exit head for tree pruning; 0 means none.
         condition_rank: rank of the map that corrects a stream's guess by the token that was guessed
             (or, for the first stream, chosen) before it; 0 means none.
+        condition_shared: one such map for all streams, of which each has its own bias, instead of one
+            for each of them.
         root_rank: rank of the map that tells all streams of a host, where they begin, which token was
             chosen there (the root); 0 means none. A row inside a tree has no root yet, so such
             streams are deferred, and ``main_sees_streams`` must be False.
@@ -51,6 +54,7 @@ class StreamConfig:
     value_rotation: float = 0.0
     prune_rank: int = 0
     condition_rank: int = 0
+    condition_shared: bool = False
     root_rank: int = 0
 
     def __post_init__(self):
@@ -69,9 +73,14 @@ class StreamConfig:
                 raise BadArgument(
                     f"[StreamConfig] '{name}' must be an int >= {least}, got {value!r}."
                 )
-        if not isinstance(self.main_sees_streams, bool):
+        for name in ("main_sees_streams", "condition_shared"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise BadArgument(f"[StreamConfig] '{name}' must be true or false, got {value!r}.")
+        if self.condition_shared and not self.condition_rank:
             raise BadArgument(
-                f"[StreamConfig] 'main_sees_streams' must be true or false, got {self.main_sees_streams!r}."
+                "[StreamConfig] 'condition_rank' must be >= 1 with 'condition_shared', got 0: there is "
+                "nothing to share."
             )
         if self.root_rank and self.main_sees_streams:
             raise BadArgument(
@@ -103,21 +112,19 @@ class StreamConfig:
         return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The fields; without ``root_rank`` where there is none, as in files from before it."""
+        """The fields; without those of ``LATER`` that say nothing, as in files from before them."""
         found = {**asdict(self), "lora_targets": list(self.lora_targets)}
-        if not self.root_rank:
-            del found["root_rank"]
-        return found
+        return {name: value for name, value in found.items() if value or name not in LATER}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> StreamConfig:
         """Strict: our own format, so an unknown key is an error, not something to skip.
 
-        Files from before ``root_rank`` lack it: they have none.
+        Files from before ``LATER`` lack these fields: they have none.
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
-        missing = sorted(known - {"root_rank"} - set(data))
+        missing = sorted(known - LATER - set(data))
         if unknown or missing:
             raise BadArgument(
                 f"[StreamConfig] keys must be exactly {sorted(known)}; unknown {unknown}, missing {missing}."

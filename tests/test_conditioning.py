@@ -1,5 +1,7 @@
 """Conditioned drafts: guesses that know the token before theirs. Whole steps are in test_step.py."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -28,6 +30,7 @@ from mlx_specstream.train.trainer import TrainConfig
 
 STREAMS = {"num_streams": 3, "msa_layers": 2, "lora_rank": 4, "condition_rank": 5}
 CONFIG = StreamConfig(**STREAMS)
+BOTH = pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
 PROMPT = [5, 17, 3, 42, 8, 29, 11]
 HEADS = ["cohere2", "gemma2", "gpt_oss", "llama", "qwen3"]  # scaled, capped, untied and tied heads
 
@@ -39,11 +42,12 @@ SAMPLERS = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("name", [n for n in HEADS if n in CONFIGS])
-def test_change_is_that_of_the_whole_head(name, bits):
-    model = make_model(name)
-    seams = attach(quantized(model, bits) if bits else model, make_streams(model, CONFIG))
+def test_change_is_that_of_the_whole_head(name, bits, shared):
+    model, config = make_model(name), StreamConfig(**STREAMS, condition_shared=shared)
+    seams = attach(quantized(model, bits) if bits else model, make_streams(model, config))
     g, K, E = 3, 4, embedding_of(model)(mx.array([0])).shape[-1]
     mx.random.seed(8)
     hidden = 2.5 * mx.random.normal((1, g, E))
@@ -203,12 +207,36 @@ def test_accuracy_counts_what_is_said_given_the_text():
     assert evaluate(seams, [batch], 4)["loss"] != before["loss"]
 
 
-def test_kept_in_a_streams_folder(tmp_path):
-    seams = attached(**STREAMS)
+@BOTH
+def test_a_shared_map_is_one_of_each_with_the_same_values(shared):
+    """Streams of their own maps that all hold the shared one say the same, from any stream on."""
+    one, own = attached(**STREAMS, condition_shared=True), attached(**STREAMS)
+    told, each = one.streams.condition, own.streams.condition
+    told.d = mx.random.normal(told.d.shape)
+    assert (told.a.shape[0], told.b.shape[0], told.c.shape[0], told.d.shape[0]) == (1, 1, 1, 3)
+    each.d = told.d
+    for name in "abc":
+        each[name] = mx.concatenate([told[name]] * 3)
+    E = each.c.shape[1]
+    hidden, before = mx.random.normal((2, 1, E)), mx.random.normal((2, 7, E))
+    for first in (0, 1):
+        assert_close(told(hidden, before, first), each(hidden, before, first), 1e-5)
+    if shared:  # every stream teaches it
+        loss = lambda b: stream_losses(one, b)[0][1:].sum()  # noqa: E731
+        _, gradient = nn.value_and_grad(one.streams, loss)(batch_of())
+        assert all(mx.abs(gradient["condition"][name]).max() > 0 for name in "abc")
+        assert not gradient["condition"]["d"][0].any()
+
+
+@BOTH
+def test_kept_in_a_streams_folder(tmp_path, shared):
+    seams = attached(**STREAMS, condition_shared=shared)
     save_streams(tmp_path / "s", seams.streams, fingerprint(seams.model), {})
     loaded, note = load_streams(tmp_path / "s", seams.model)
     assert note is None
-    assert loaded.config.condition_rank == 5
+    assert (loaded.config.condition_rank, loaded.config.condition_shared) == (5, shared)
+    known = json.loads((tmp_path / "s/streams.json").read_text())["config"]
+    assert known.get("condition_shared", False) == shared  # files from before it lack it
     want = dict(tree_flatten(seams.streams.parameters()))
     got = dict(tree_flatten(loaded.parameters()))
     assert want.keys() == got.keys()

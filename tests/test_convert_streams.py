@@ -138,7 +138,10 @@ def bits(tensors):
     return {name: (v.dtype, v.shape, bytes(raw(v))) for name, v in sorted(tensors.items())}
 
 
-@pytest.mark.parametrize("settings", [{}, {"value_rotation": 0.1}, {"lora_targets": ["v_proj"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"value_rotation": 0.1}, {"lora_targets": ["v_proj"]}, {"condition_shared": True}],
+)
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen2_moe", "opt:350m"])
 def test_round_trip_of_streams_is_bit_equal(name, settings, both, tmp_path):
     streams = both(name, **settings) / "streams"

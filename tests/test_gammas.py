@@ -67,6 +67,7 @@ def plain(seams, chooser=None):
         {},
         {"condition_rank": 5},
         {"condition_rank": 5, "root_rank": 6},
+        {"condition_rank": 5, "condition_shared": True, "root_rank": 6},
         {"init_rank": 3, "stream_position": "t"},
         {"value_rotation": 0.3, "lora_rank": 0},
     ],

@@ -101,12 +101,14 @@ def said_of(theirs, tokens):
     return np.stack([t[np.ix_(a, b)] for t, a, b in zip(theirs, before, tokens, strict=True)])
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("placement", ["inline", "deferred"])
 @pytest.mark.parametrize("tree", ["chain", "cartesian:3", "best:24"])
-def test_conditioned_steps_equal_the_oracle(tree, placement, monkeypatch):
+def test_conditioned_steps_equal_the_oracle(tree, placement, shared, monkeypatch):
     """Drafts that know the token before theirs; every guess of the vocabulary is scored again."""
     monkeypatch.setattr(step, "WIDE", SIZES["vocab_size"])
-    lengths = check_steps(*both(seed=8, condition_rank=6), tree, placement, steps=5)
+    streams = both(seed=8, condition_rank=6, condition_shared=shared)
+    lengths = check_steps(*streams, tree, placement, steps=5)
     if tree != "chain":
         assert sum(n for n, _, _ in lengths) > len(lengths), "nothing was accepted"
 

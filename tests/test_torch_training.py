@@ -175,11 +175,11 @@ def test_the_bundled_models_original(shared, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["hard", "distill"])
-@pytest.mark.parametrize("condition", [0, 5])
-def test_the_loss_is_the_packages(condition, target, folder, rows, tmp_path):
+@pytest.mark.parametrize(("condition", "shared"), [(0, False), (5, False), (5, True)])
+def test_the_loss_is_the_packages(condition, shared, target, folder, rows, tmp_path):
     """Same streams, same batch: the same loss of every stream."""
     model = build("qwen3", folder)
-    twin = streams_of(model, condition_rank=condition)
+    twin = streams_of(model, condition_rank=condition, condition_shared=shared)
     model.save_pretrained(folder)
     twin.streams.save(folder, {})
     convert(folder, tmp_path / "out", dtype="float32")

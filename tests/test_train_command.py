@@ -378,9 +378,35 @@ def test_presets_and_what_wins_over_them(base, data, tmp_path, capsys):
     description = read_description(tmp_path / "streams")
     streams, config = description["config"], description["training"]["config"]
     assert (streams.lora_rank, streams.lora_alpha, streams.num_streams) == (5, 5.0, 3)
-    assert (streams.condition_rank, streams.root_rank, streams.msa_layers) == (16, 16, 2)
+    assert (streams.condition_rank, streams.root_rank, streams.msa_layers) == (32, 16, 2)
+    assert streams.condition_shared
     assert (config["iters"], config["batch_size"], config["eval_every"]) == (2, 3, 2)
     assert config["learning_rate"] == 1e-3
+
+
+def test_the_correction_by_the_token_before_is_shared_unless_told_otherwise(
+    base, data, tmp_path, capsys
+):
+    def trained(name, *more):
+        argv = command(base, data, tmp_path / name, "--iters", "1", *more)
+        code, err = run(capsys, *argv)
+        assert code == 0, err
+        config = read_description(tmp_path / name)["config"]
+        return config.condition_rank, config.condition_shared
+
+    assert trained("new") == (3, True)
+    assert trained("each", "--no-condition-shared") == (3, False)
+    assert trained("none", "--condition-rank", "0") == (0, False)
+    # Streams to begin from say how they share it; what they lack is new.
+    for name, shared in (("new", True), ("each", False), ("none", True)):
+        assert trained(f"from {name}", "--begin-from", tmp_path / name) == (3, shared)
+    code, err = run(
+        capsys,
+        *command(base, data, tmp_path / "x", "--condition-rank", "0", "--condition-shared"),
+    )
+    assert code == 2
+    assert "'condition_rank' must be >= 1 with 'condition_shared', got 0" in err
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_follows_from_the_size_of_a_model():
@@ -426,5 +452,6 @@ def test_the_docs_have_the_presets_as_they_are():
             "msa_layers": msa_layers(8),
         }
         shape |= {"condition_rank": p.condition_rank, "root_rank": p.root_rank}
+        shape["condition_shared"] = True
         parameters = new_streams(model, StreamConfig(**shape)).parameters()
         assert found[6] == f"{sum(v.size for _, v in tree_flatten(parameters)) / 1e6:.2f} M"

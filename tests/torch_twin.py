@@ -24,6 +24,7 @@ VARIANTS = {
     "plain": {"init_rank": 0, "prune_rank": 0, "condition_rank": 0},
     "shared": {"main_sees_streams": True, "condition_rank": 0},
     "root": {"root_rank": 9, "condition_rank": 0, "init_rank": 0},
+    "one condition": {"root_rank": 9, "condition_shared": True},
     "value rotation": {"value_rotation": 0.03, "stream_position": "t", "init_rank": 0},
     "few targets": {"lora_targets": ["v_proj", "up_proj"], "num_streams": 2, "msa_layers": 1},
 }

@@ -60,7 +60,11 @@ CURVES: dict[str, dict] = {
         "q, v": {"lora_targets": ["q_proj", "v_proj"]},
         "o, down": {"lora_targets": ["o_proj", "down_proj"]},
     },
-    "condition rank": {r: {"condition_rank": r} for r in (0, 4, 16, 64)},
+    "condition rank": {
+        0: {},
+        **{f"{r}, each": {"condition_rank": r, "no_condition_shared": True} for r in (4, 16, 64)},
+        **{f"{r}, shared": {"condition_rank": r} for r in (4, 16, 64)},
+    },
     "target": {"hard label": {}, "distilled": {"target": "distill"}},
     "stream position": {"t+j": {}, "t": {"stream_position": "t"}},
     "stream identity": {

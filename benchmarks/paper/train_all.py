@@ -14,18 +14,18 @@ from pathlib import Path
 from medusa import ABOUT
 from study import Run, script_command, train_command
 
-# What the rows are; sizes on this base (hidden 384): 6,784 parameters per rank of LoRA and layer, per
-# stream and rank of conditioning 1,153, per rank of the root 1,153, and 384 per stream.
+# What the rows are; sizes on this base (hidden 384): 6,784 parameters per rank of LoRA and layer, 1,152
+# per rank of conditioning and one more for each stream, 1,153 per rank of the root, and 384 per stream.
 LOSSLESS = {
-    # at most 50 k parameters: 1,920 + 4 * 6,784 + 5 * 3 * 1,153 + 3 * 1,153 = 49,810
+    # at most 50 k parameters: 1,920 + 4 * 6,784 + 15 * (1,152 + 5) + 3 * 1,153 = 49,870
     "small": {
         **{"num_streams": 5, "msa_layers": 4, "lora_rank": 1},
-        **{"condition_rank": 3, "root_rank": 3},
+        **{"condition_rank": 15, "root_rank": 3},
     },
-    # at most 4 MB: 2,304 + 4 * 16 * 6,784 + 6 * 64 * 1,153 + 64 * 1,153 = 953,024 numbers, 3.8 MB
+    # at most 4 MB: 2,304 + 4 * 16 * 6,784 + 128 * 1,152 + 6 * 128 + 64 * 1,153 = 658,496 numbers, 2.6 MB
     "best": {
         **{"num_streams": 6, "msa_layers": 4, "lora_rank": 16},
-        **{"condition_rank": 64, "root_rank": 64},
+        **{"condition_rank": 128, "root_rank": 64},
     },
 }
 SHARED = {

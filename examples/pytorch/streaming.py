@@ -42,6 +42,7 @@ class StreamConfig:
     value_rotation: float = 0.0
     prune_rank: int = 0
     condition_rank: int = 0
+    condition_shared: bool = False
     root_rank: int = 0
 
 
@@ -70,14 +71,15 @@ class Weight(nn.Module):
 
 class Condition(nn.Module):
     """h <- h + RMS(h) silu(e A_j + h C_j + d_j) B_j: the guess, given the token before it (e), or where
-    all streams of a host begin, given the token chosen there."""
+    all streams of a host begin, given the token chosen there. ``shared``: A, B and C serve all streams."""
 
-    def __init__(self, num_streams: int, width: int, rank: int):
+    def __init__(self, num_streams: int, width: int, rank: int, shared: bool = False):
         super().__init__()
-        self.embedding = Weight(num_streams, rank, width, bound=width**-0.5)
-        self.state = Weight(num_streams, rank, width, bound=width**-0.5)
+        maps = 1 if shared else num_streams
+        self.embedding = Weight(maps, rank, width, bound=width**-0.5)
+        self.state = Weight(maps, rank, width, bound=width**-0.5)
         self.bias = nn.Parameter(torch.zeros(num_streams, 1, rank))
-        self.out = Weight(num_streams, width, rank)
+        self.out = Weight(maps, width, rank)
 
     def forward(self, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """States and embeddings of the tokens before, both [B, g, P, E]."""
@@ -107,7 +109,7 @@ class Streams(nn.Module):
         if config.prune_rank:
             self.early_exit = LowRank(width, width, config.prune_rank)
         if config.condition_rank:
-            self.condition = Condition(g, width, config.condition_rank)
+            self.condition = Condition(g, width, config.condition_rank, config.condition_shared)
         if config.root_rank:
             self.root = Condition(1, width, config.root_rank)
         if config.lora_rank:

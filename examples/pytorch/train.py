@@ -242,7 +242,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--lora-alpha", type=float, help="default: the rank")
     parser.add_argument("--lora-targets", nargs="+", choices=PROJECTIONS, default=PROJECTIONS)
-    parser.add_argument("--condition-rank", type=int, default=32, help="of conditioned drafts")
+    parser.add_argument("--condition-rank", type=int, default=64, help="of conditioned drafts")
     parser.add_argument("--root-rank", type=int, default=32, help="of streams that know their root")
     parser.add_argument("--target", choices=("hard", "distill"), default="hard")
     parser.add_argument("--iters", type=int, default=3000)
@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> Path:
         lora_alpha=float(args.lora_rank if args.lora_alpha is None else args.lora_alpha),
         lora_targets=tuple(args.lora_targets),
         condition_rank=args.condition_rank,
+        condition_shared=args.condition_rank > 0,
         root_rank=args.root_rank,
     )
     model = StreamingModel(base, Streams(base, config).to(args.device))

@@ -143,7 +143,11 @@ def stream_config(
         }
     if not args.main_sees_streams and begin_from is not None:
         given.pop("main_sees_streams")
+    begun = begin_from is not None and found["condition_rank"] > 0  # its maps are as they are
+    shares = found.get("condition_shared", False) if begun else True
     found |= given
+    if "condition_shared" not in given:
+        found["condition_shared"] = shares and found["condition_rank"] > 0
     if "lora_alpha" not in given and ("lora_rank" in given or "lora_alpha" not in found):
         found["lora_alpha"] = float(found["lora_rank"])
     if shared:

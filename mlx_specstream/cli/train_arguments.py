@@ -199,6 +199,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "preset's; shared: 0)",
     )
     shape.add_argument(
+        "--condition-shared",
+        action=argparse.BooleanOptionalAction,
+        help="one such map for all streams, instead of one each (default: shared)",
+    )
+    shape.add_argument(
         "--root-rank",
         type=int,
         help="rank of the map that tells all streams, where they begin, which token was chosen before "

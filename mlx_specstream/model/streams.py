@@ -47,24 +47,32 @@ class Condition(nn.Module):
     B_j = 0 at first, so that it begins as no correction. The scale follows the state's own, so the
     same learning rate suits every model. With ``num_streams`` 1 it is also what tells the streams of a
     host their root: h is then M_t^{N-Ns}, and all layers above can make something of it.
+
+    Args:
+        shared: one A, B and C for all streams, which then differ by d_j alone: what a token says about
+            the next one hardly depends on how far ahead they are, and all streams teach one map.
     """
 
-    def __init__(self, num_streams: int, width: int, rank: int, token_width: int):
+    def __init__(
+        self, num_streams: int, width: int, rank: int, token_width: int, shared: bool = False
+    ):
         super().__init__()
-        bound, shape = width**-0.5, (num_streams, width, rank)
-        enter = (num_streams, token_width, rank)
+        maps = 1 if shared else num_streams
+        bound, shape = width**-0.5, (maps, width, rank)
+        enter = (maps, token_width, rank)
         self.a = mx.random.uniform(low=-bound, high=bound, shape=enter)
         self.c = mx.random.uniform(low=-bound, high=bound, shape=shape)
         self.d = mx.zeros((num_streams, 1, rank))
-        self.b = mx.zeros((num_streams, rank, width))
+        self.b = mx.zeros((maps, rank, width))
 
     def __call__(self, hidden: mx.array, before: mx.array, first: int = 0) -> mx.array:
         """hidden [g', n or 1, E] and embeddings [g', n, E] of streams ``first``.. -> [g', n, E]"""
-        some = slice(first, first + hidden.shape[0])
+        own = slice(first, first + hidden.shape[0])
+        some = own if self.a.shape[0] == self.d.shape[0] else slice(None)
         h = hidden.astype(mx.float32)
         rms = mx.sqrt(h.square().mean(axis=-1, keepdims=True) + 1e-12)
         e = mx.fast.rms_norm(before.astype(mx.float32), None, 1e-12)
-        update = nn.silu(e @ self.a[some] + (h / rms) @ self.c[some] + self.d[some]) @ self.b[some]
+        update = nn.silu(e @ self.a[some] + (h / rms) @ self.c[some] + self.d[own]) @ self.b[some]
         return (h + rms * update).astype(hidden.dtype)
 
 
@@ -105,7 +113,9 @@ class Streams(nn.Module):
         if config.prune_rank:
             self.early_exit = LowRank(width, width, config.prune_rank)
         if config.condition_rank:
-            self.condition = Condition(g, width, config.condition_rank, token_width or width)
+            self.condition = Condition(
+                *(g, width, config.condition_rank, token_width or width), config.condition_shared
+            )
         if config.root_rank:
             self.root = Condition(1, width, config.root_rank, token_width or width)
         if config.lora_rank:

@@ -1,9 +1,9 @@
 """Presets: settings that go together, and what follows from the model's size. A leaf.
 
 Streams in four layers that are told their root (to look up what follows a token takes the layer where
-the base itself does so), six of them, conditioned drafts and LoRA of scale 1 at a rate of 1e-3 are what
-worked best on the 14 M model of docs/log.md (8 layers of width 384). For other sizes the rate is scaled
-by the usual rule for LoRA, not by a measurement.
+the base itself does so), six of them, drafts conditioned by one map for all and LoRA of scale 1 at a
+rate of 1e-3 are what worked best on the 14 M model of docs/log.md (8 layers of width 384). For other
+sizes the rate is scaled by the usual rule for LoRA, not by a measurement.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Preset:
 
     Args:
         iters: steps; num_streams: gamma; batch_size: sequences per batch.
-        lora_rank, condition_rank, root_rank: of the LoRA, of the correction by the token before and of
-            what tells the streams their root.
+        lora_rank, condition_rank, root_rank: of the LoRA, of the correction by the token before, which
+            all streams share, and of what tells them their root.
         validations: how many there are in a run.
     """
 
@@ -46,9 +46,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(400, 3, lora_rank=16, condition_rank=16, root_rank=16, validations=8),
-    "default": Preset(3000, 4, lora_rank=16, condition_rank=32, root_rank=32),
-    "best": Preset(10000, 6, lora_rank=16, condition_rank=64, root_rank=64, validations=25),
+    "quick": Preset(400, 3, lora_rank=16, condition_rank=32, root_rank=16, validations=8),
+    "default": Preset(3000, 4, lora_rank=16, condition_rank=64, root_rank=32),
+    "best": Preset(10000, 6, lora_rank=16, condition_rank=128, root_rank=64, validations=25),
 }
 APART = 25  # steps from one validation to the next, at least: a validation takes as long as some
 PRUNE_RANK = 8  # of an early-exit head that is trained alone
