@@ -188,8 +188,8 @@ class Reference:
     def told(self, name, j, h, token):
         """State h of stream j corrected by a token: h + RMS(h) silu(e A_j + h C_j + d_j) B_j."""
         e, rms = self.w["model.embed_tokens.weight"][token], np.sqrt(np.mean(h * h))
-        every = (self.s[f"{name}.{x}"] for x in "abcd")
-        a, b, c, d = (x[j] if len(x) > 1 else x[0] for x in every)  # shared: one for all streams
+        maps, d = [self.s[f"{name}.{x}"] for x in "abc"], self.s[f"{name}.d"][j]
+        a, b, c = (x[j if len(x) > 1 else 0] for x in maps)  # shared: one for all streams
         u = e / np.sqrt(np.mean(e * e)) @ a + (h / rms) @ c + d[0]
         return h + rms * (u / (1 + np.exp(-u))) @ b
 

@@ -207,8 +207,7 @@ def test_accuracy_counts_what_is_said_given_the_text():
     assert evaluate(seams, [batch], 4)["loss"] != before["loss"]
 
 
-@BOTH
-def test_a_shared_map_is_one_of_each_with_the_same_values(shared):
+def test_a_shared_map_is_one_of_each_with_the_same_values():
     """Streams of their own maps that all hold the shared one say the same, from any stream on."""
     one, own = attached(**STREAMS, condition_shared=True), attached(**STREAMS)
     told, each = one.streams.condition, own.streams.condition
@@ -221,11 +220,25 @@ def test_a_shared_map_is_one_of_each_with_the_same_values(shared):
     hidden, before = mx.random.normal((2, 1, E)), mx.random.normal((2, 7, E))
     for first in (0, 1):
         assert_close(told(hidden, before, first), each(hidden, before, first), 1e-5)
-    if shared:  # every stream teaches it
-        loss = lambda b: stream_losses(one, b)[0][1:].sum()  # noqa: E731
+    for j in range(3):  # every stream teaches it, and its own bias alone
+        loss = lambda b, j=j: stream_losses(one, b)[0][j]  # noqa: E731
         _, gradient = nn.value_and_grad(one.streams, loss)(batch_of())
-        assert all(mx.abs(gradient["condition"][name]).max() > 0 for name in "abc")
-        assert not gradient["condition"]["d"][0].any()
+        found = gradient["condition"]
+        assert all(mx.abs(found[name]).max() > 0 for name in "abc")
+        assert np.array(mx.abs(found["d"]).max(axis=(1, 2)) > 0).tolist() == [
+            k == j for k in range(3)
+        ]
+
+
+@BOTH
+def test_a_single_stream_may_be_conditioned(shared):
+    seams = attached(**STREAMS | {"num_streams": 1}, condition_shared=shared)
+    assert seams.streams.condition.a.shape[0] == 1
+    mx.random.seed(2)
+    hidden = 2.5 * mx.random.normal((1, 1, seams.streams.condition.c.shape[1]))
+    want = seams.streams.condition(hidden, embedding_of(seams.model)(mx.array([[17]])))
+    assert_close(below_root(seams, hidden, mx.array(17)), want, 1e-6)
+    assert not change_below(seams, hidden, mx.array([[4, 9]])).any()
 
 
 @BOTH
@@ -236,7 +249,7 @@ def test_kept_in_a_streams_folder(tmp_path, shared):
     assert note is None
     assert (loaded.config.condition_rank, loaded.config.condition_shared) == (5, shared)
     known = json.loads((tmp_path / "s/streams.json").read_text())["config"]
-    assert known.get("condition_shared", False) == shared  # files from before it lack it
+    assert ("condition_shared" in known) == shared, "older readers know no such key"
     want = dict(tree_flatten(seams.streams.parameters()))
     got = dict(tree_flatten(loaded.parameters()))
     assert want.keys() == got.keys()

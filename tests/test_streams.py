@@ -198,6 +198,8 @@ def test_streamed_logits_take_tokens_alone():
         {"main_sees_streams": "yes"},
         {"value_rotation": "0.1"},
         {"prune_rank": 2.0},
+        {"condition_shared": 1},
+        {"condition_shared": True, "condition_rank": 0},
     ],
     ids=str,
 )

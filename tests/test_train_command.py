@@ -400,6 +400,8 @@ def test_the_correction_by_the_token_before_is_shared_unless_told_otherwise(
     # Streams to begin from say how they share it; what they lack is new.
     for name, shared in (("new", True), ("each", False), ("none", True)):
         assert trained(f"from {name}", "--begin-from", tmp_path / name) == (3, shared)
+    other = ["--begin-from", tmp_path / "each", "--condition-rank", "5"]  # no map of it fits
+    assert trained("wider", *other) == (5, True)
     code, err = run(
         capsys,
         *command(base, data, tmp_path / "x", "--condition-rank", "0", "--condition-shared"),

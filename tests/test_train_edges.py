@@ -187,6 +187,32 @@ def test_lora_goes_to_its_layer_at_its_strength(old, new, tmp_path):
         assert_close(update(streams, mine), np.array(want), 1e-5)
 
 
+@pytest.mark.parametrize("streams", [2, 3, 5])
+@pytest.mark.parametrize("new", [True, False], ids=["to one map", "to a map each"])
+@pytest.mark.parametrize("old", [True, False], ids=["one map", "a map each"])
+def test_the_correction_by_the_token_before_goes_on_whole_or_not_at_all(
+    old, new, streams, tmp_path
+):
+    theirs = attached(condition_rank=4, condition_shared=old)  # of three streams
+    theirs.streams.condition.d = mx.random.normal((3, 1, 4))
+    save_streams(tmp_path, theirs.streams, fingerprint(theirs.model), {})
+    seams = attached(condition_rank=4, condition_shared=new, num_streams=streams)
+    for name in "abc":
+        seams.streams.condition[name] = mx.random.normal(seams.streams.condition[name].shape)
+    fresh = dict(tree_flatten(seams.streams.condition.parameters()))
+    begin_from(tmp_path, seams)
+    told, before = seams.streams.condition, theirs.streams.condition
+    if not old and (new or streams != 3):
+        assert all(mx.array_equal(told[name], fresh[name]) for name in "abcd")
+        return
+    E = before.c.shape[1]
+    mx.random.seed(4)
+    hidden, token = mx.random.normal((streams, 2, E)), mx.random.normal((streams, 2, E))
+    both = min(3, streams)
+    assert_close(told(hidden, token)[:both], np.array(before(hidden[:both], token[:both])), 1e-5)
+    assert all(mx.array_equal(d, before.d[2]) for d in told.d[3:])
+
+
 # --- answers ---
 
 

@@ -60,10 +60,13 @@ CURVES: dict[str, dict] = {
         "q, v": {"lora_targets": ["q_proj", "v_proj"]},
         "o, down": {"lora_targets": ["o_proj", "down_proj"]},
     },
-    "condition rank": {
+    "condition rank, a map each": {
         0: {},
-        **{f"{r}, each": {"condition_rank": r, "no_condition_shared": True} for r in (4, 16, 64)},
-        **{f"{r}, shared": {"condition_rank": r} for r in (4, 16, 64)},
+        **{r: {"condition_rank": r, "no_condition_shared": True} for r in (4, 16, 64)},
+    },
+    "condition rank, one map": {
+        0: {},
+        **{r: {"condition_rank": r, "condition_shared": True} for r in (4, 16, 64, 256)},
     },
     "target": {"hard label": {}, "distilled": {"target": "distill"}},
     "stream position": {"t+j": {}, "t": {"stream_position": "t"}},
@@ -207,9 +210,8 @@ def geometry(seams) -> str:
     """What the cost of streams depends on; a LoRA is merged into the weights."""
     c = seams.streams.config
     root = f" r{c.root_rank}" if c.root_rank else ""
-    return (
-        f"g{c.num_streams} Ns{c.msa_layers} c{c.condition_rank} e{bool(c.value_rotation):d}{root}"
-    )
+    told = f"c{c.condition_rank}{'s' * c.condition_shared}"
+    return f"g{c.num_streams} Ns{c.msa_layers} {told} e{bool(c.value_rotation):d}{root}"
 
 
 def speeds(point: dict, costs: Costs, context: int) -> dict[str, float]:

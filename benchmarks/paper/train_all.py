@@ -20,12 +20,12 @@ LOSSLESS = {
     # at most 50 k parameters: 1,920 + 4 * 6,784 + 15 * (1,152 + 5) + 3 * 1,153 = 49,870
     "small": {
         **{"num_streams": 5, "msa_layers": 4, "lora_rank": 1},
-        **{"condition_rank": 15, "root_rank": 3},
+        **{"condition_rank": 15, "condition_shared": True, "root_rank": 3},
     },
     # at most 4 MB: 2,304 + 4 * 16 * 6,784 + 128 * 1,152 + 6 * 128 + 64 * 1,153 = 658,496 numbers, 2.6 MB
     "best": {
         **{"num_streams": 6, "msa_layers": 4, "lora_rank": 16},
-        **{"condition_rank": 128, "root_rank": 64},
+        **{"condition_rank": 128, "condition_shared": True, "root_rank": 64},
     },
 }
 SHARED = {

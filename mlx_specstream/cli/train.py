@@ -143,11 +143,12 @@ def stream_config(
         }
     if not args.main_sees_streams and begin_from is not None:
         given.pop("main_sees_streams")
-    begun = begin_from is not None and found["condition_rank"] > 0  # its maps are as they are
-    shares = found.get("condition_shared", False) if begun else True
+    before = dict(found)
     found |= given
-    if "condition_shared" not in given:
-        found["condition_shared"] = shares and found["condition_rank"] > 0
+    if "condition_shared" not in given:  # maps to begin from stay what they are, if they fit
+        same = all(found[n] == before[n] for n in ("condition_rank", "num_streams"))
+        shared_there = begin_from is None or before.get("condition_shared", False) or not same
+        found["condition_shared"] = shared_there and found["condition_rank"] > 0
     if "lora_alpha" not in given and ("lora_rank" in given or "lora_alpha" not in found):
         found["lora_alpha"] = float(found["lora_rank"])
     if shared:

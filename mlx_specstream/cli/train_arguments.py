@@ -201,7 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--condition-shared",
         action=argparse.BooleanOptionalAction,
-        help="one such map for all streams, instead of one each (default: shared)",
+        help="one such map for all streams, or one each (default: one for all; with --begin-from as "
+        "there, where that fits)",
     )
     shape.add_argument(
         "--root-rank",

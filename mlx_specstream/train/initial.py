@@ -92,5 +92,21 @@ def _fitted(old: Streams, new: StreamConfig) -> dict[str, mx.array]:
                 x = x * (old.config.lora_scale / (new.lora_scale or 1.0))
         elif higher and part in AT_THE_CUT:
             continue
-        found[name] = x
+        elif part == "condition":
+            x = _condition(rest, x, old.config, new)
+        if x is not None:
+            found[name] = x
     return found
+
+
+def _condition(name: str, x: mx.array, old: StreamConfig, new: StreamConfig) -> mx.array | None:
+    """An array of the correction by the token before, as streams of another shape hold it; None: not at all.
+
+    One map for all streams is a map for each; what each learned for itself is none for all.
+    """
+    if not old.condition_shared:
+        return None if new.condition_shared or new.num_streams != old.num_streams else x
+    if name == "d":  # streams that are new begin as the last one of before
+        more = max(0, new.num_streams - old.num_streams)
+        return mx.concatenate([x[: new.num_streams], mx.repeat(x[-1:], more, axis=0)])
+    return x if new.condition_shared else mx.repeat(x, new.num_streams, axis=0)
