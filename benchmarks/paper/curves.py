@@ -298,6 +298,7 @@ def collect(found: dict) -> dict:
                 (math.inf if keep == "all" else int(keep)): {"tokens_per_pass": value}
                 for keep, value in kept.items()
             }
+        result[task] = {name: each for name, each in curves.items() if len(each) > 1}
     return result
 
 
