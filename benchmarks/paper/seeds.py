@@ -34,7 +34,7 @@ def own_answers(task: str, args) -> tuple[list[list[int]], list[list[int]], set[
 
 
 def measure(task: str, args) -> dict:
-    """Row -> seed -> its steps and, by tree, its tokens per pass."""
+    """Row -> seed -> its parameters, its steps and, by tree, its tokens per pass."""
     prompts, answers, stop = own_answers(task, args)
     path, rows = study.base_of(task, args.work, args.base), {}
     for row in args.rows:
@@ -50,8 +50,10 @@ def measure(task: str, args) -> dict:
                 seams = seams_of(model)
             trees = replayed(seams, prompts, answers, TREES, stop)
             found = {tree: round(each["tokens_per_pass"], 4) for tree, each in trees.items()}
-            steps = steps_of(row, task, args.work, seed)
-            rows.setdefault(row, {})[str(seed)] = {"steps": steps, **found}
+            about = study.read_json(folder / MADE.get(row, DESCRIPTION))
+            size = about.get("training", about)["parameters"]
+            made = {"parameters": size, "steps": steps_of(row, task, args.work, seed)}
+            rows.setdefault(row, {})[str(seed)] = {**made, **found}
             print(f"{task} {row} {seed}: {found}", flush=True)
     return {"machine": about_machine(), "task": task, "prompts": len(prompts), "rows": rows}
 
