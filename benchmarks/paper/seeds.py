@@ -4,7 +4,7 @@
 
 Nothing is timed, so the machine may do other things, and exact replays are cheap enough for more prompts
 than ``headline.py`` decodes. Rows are what ``train_all.py`` made; one that is missing is left out. With
-``--rows`` only these are measured, the others of the file stay.
+``--rows`` and ``--seeds`` only these are measured, the others of the file stay.
 """
 
 import study  # first: it finds a fast BLAS  # isort: skip
@@ -86,7 +86,8 @@ def main():
             continue
         before = study.read_json(path)
         if before.get("prompts") == args.prompts:
-            results["rows"] = {**before["rows"], **results["rows"]}
+            for row, found in before["rows"].items():
+                results["rows"][row] = {**found, **results["rows"].get(row, {})}
         study.save_json(path, results)
         print(f"\n{table(results)}\n")
 
