@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import sample_utils
 from reference import assert_close
 from steps import decoder_for
+from test_train_command import base, command, run  # noqa: F401
 from tiny_models import CONFIGS, attached, make_model, make_streams, make_tokenizer, quantized
 
 from mlx_specstream import make_sampler, stream_generate
@@ -18,7 +19,12 @@ from mlx_specstream.decode.draft import Guesses, Promises, conditioned, draft
 from mlx_specstream.decode.tree import TreeShape
 from mlx_specstream.errors import BadArgument
 from mlx_specstream.measure.simulate import guesses_along, replay
-from mlx_specstream.model.checkpoint import fingerprint, load_streams, save_streams
+from mlx_specstream.model.checkpoint import (
+    fingerprint,
+    load_streams,
+    read_description,
+    save_streams,
+)
 from mlx_specstream.model.conditioning import below_root, change_below
 from mlx_specstream.model.projections import embedding_of
 from mlx_specstream.model.seams import attach
@@ -299,3 +305,31 @@ def test_begin_from_streams_that_do_not_fit(data, tmp_path):
             begin_from=tmp_path / "old",
         )  # fmt: skip
     assert not (tmp_path / "new" / "streams.json").exists()
+
+
+# --- the command ---
+
+
+def test_one_map_is_what_the_command_makes(base, data, tmp_path, capsys):  # noqa: F811
+    def trained(name, *more):
+        argv = command(base, data, tmp_path / name, "--iters", "1", *more)
+        code, err = run(capsys, *argv)
+        assert code == 0, err
+        config = read_description(tmp_path / name)["config"]
+        return config.condition_rank, config.condition_shared
+
+    assert trained("new") == (3, True)
+    assert trained("each", "--no-condition-shared") == (3, False)
+    assert trained("none", "--condition-rank", "0") == (0, False)
+    # Streams to begin from say how they share it; what they lack is new.
+    for name, shared in (("new", True), ("each", False), ("none", True)):
+        assert trained(f"from {name}", "--begin-from", tmp_path / name) == (3, shared)
+    other = ["--begin-from", tmp_path / "each", "--condition-rank", "5"]  # no map of it fits
+    assert trained("wider", *other) == (5, True)
+    code, err = run(
+        capsys,
+        *command(base, data, tmp_path / "x", "--condition-rank", "0", "--condition-shared"),
+    )
+    assert code == 2
+    assert "'condition_rank' must be >= 1 with 'condition_shared', got 0" in err
+    assert not (tmp_path / "x").exists()

@@ -384,33 +384,6 @@ def test_presets_and_what_wins_over_them(base, data, tmp_path, capsys):
     assert config["learning_rate"] == 1e-3
 
 
-def test_the_correction_by_the_token_before_is_shared_unless_told_otherwise(
-    base, data, tmp_path, capsys
-):
-    def trained(name, *more):
-        argv = command(base, data, tmp_path / name, "--iters", "1", *more)
-        code, err = run(capsys, *argv)
-        assert code == 0, err
-        config = read_description(tmp_path / name)["config"]
-        return config.condition_rank, config.condition_shared
-
-    assert trained("new") == (3, True)
-    assert trained("each", "--no-condition-shared") == (3, False)
-    assert trained("none", "--condition-rank", "0") == (0, False)
-    # Streams to begin from say how they share it; what they lack is new.
-    for name, shared in (("new", True), ("each", False), ("none", True)):
-        assert trained(f"from {name}", "--begin-from", tmp_path / name) == (3, shared)
-    other = ["--begin-from", tmp_path / "each", "--condition-rank", "5"]  # no map of it fits
-    assert trained("wider", *other) == (5, True)
-    code, err = run(
-        capsys,
-        *command(base, data, tmp_path / "x", "--condition-rank", "0", "--condition-shared"),
-    )
-    assert code == 2
-    assert "'condition_rank' must be >= 1 with 'condition_shared', got 0" in err
-    assert not (tmp_path / "x").exists()
-
-
 def test_what_follows_from_the_size_of_a_model():
     assert [learning_rate(width) for width in (64, 384, 1536, 4096)] == [1e-3, 1e-3, 5e-4, 3.1e-4]
     assert {n: msa_layers(n) for n in (1, 5, 8, 32)} == {1: 1, 5: 2, 8: 4, 32: 4}
