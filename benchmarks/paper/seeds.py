@@ -13,6 +13,7 @@ import statistics
 
 from machine import about_machine
 from medusa import load_heads
+from mlx.utils import tree_flatten
 from mlx_lm import load as load_stock
 from train_all import HEADS, LOSSLESS, MADE, folder_of, steps_of
 
@@ -50,8 +51,7 @@ def measure(task: str, args) -> dict:
                 seams = seams_of(model)
             trees = replayed(seams, prompts, answers, TREES, stop)
             found = {tree: round(each["tokens_per_pass"], 4) for tree, each in trees.items()}
-            about = study.read_json(folder / MADE.get(row, DESCRIPTION))
-            size = about.get("training", about)["parameters"]
+            size = sum(x.size for _, x in tree_flatten(seams.streams.parameters()))
             made = {"parameters": size, "steps": steps_of(row, task, args.work, seed)}
             rows.setdefault(row, {})[str(seed)] = {**made, **found}
             print(f"{task} {row} {seed}: {found}", flush=True)

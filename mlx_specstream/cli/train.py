@@ -143,12 +143,13 @@ def stream_config(
         }
     if not args.main_sees_streams and begin_from is not None:
         given.pop("main_sees_streams")
-    before = dict(found)
-    found |= given
-    if "condition_shared" not in given:  # maps to begin from stay what they are, if they fit
-        same = all(found[n] == before[n] for n in ("condition_rank", "num_streams"))
-        shared_there = begin_from is None or before.get("condition_shared", False) or not same
-        found["condition_shared"] = shared_there and found["condition_rank"] > 0
+    fits = begin_from is not None and all(
+        given.get(name, found[name]) == found[name] for name in ("condition_rank", "num_streams")
+    )
+    # What is there to begin from says so if it has one map; a map each is kept only where it fits.
+    found = {"condition_shared": not fits, **found, **given}
+    if not found["condition_rank"]:
+        found["condition_shared"] = given.get("condition_shared", False)
     if "lora_alpha" not in given and ("lora_rank" in given or "lora_alpha" not in found):
         found["lora_alpha"] = float(found["lora_rank"])
     if shared:
