@@ -28,6 +28,7 @@ from .decode.choose import Opaque
 from .decode.decoder import Decoder
 from .decode.prune import PruneRule
 from .decode.record import Record
+from .encode import encode_text
 from .errors import BadArgument
 from .model.cache import check_prompt_cache, make_prompt_cache
 from .model.prompt import feed, last_rows, see_to_buffers
@@ -399,10 +400,8 @@ def prompt_tokens(tokenizer: TokenizerWrapper, prompt) -> mx.array:
     if isinstance(prompt, mx.array):
         return prompt
     if isinstance(prompt, str):
-        # Special tokens are wanted unless the text brings them itself.
-        bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         try:
-            prompt = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []
+            prompt = encode_text(tokenizer, prompt) if prompt else []
         except (TypeError, UnicodeError) as error:
             raise BadArgument(f"[prompt] must be valid Unicode text: {error}.") from None
     return mx.array(prompt, dtype=mx.int32)

@@ -303,6 +303,12 @@ def test_ctrl_c_shows_what_is_done(capsys, folder, data, tmp_path, monkeypatch):
     assert "interrupted" in err
     assert (tmp_path / "r.json").read_text() == "before"
     calls.clear()
+    assert run(folder, data, "--json", tmp_path / "new.json") == 130
+    results = json.loads((tmp_path / "new.json").read_text())  # nothing was there to keep
+    assert len(results["prompts"]) == 2
+    assert "interrupted after 2 of 5 prompts" in results["notes"]
+    calls.clear()
+    capsys.readouterr()
     monkeypatch.setattr(evaluate, "WARM_UP", -1)  # stopped in the first prompt
     assert run(folder, data) == 130
     assert capsys.readouterr().out == ""

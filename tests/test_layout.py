@@ -23,7 +23,7 @@ ORDER = [
     {"model"},
     {"kernels"},
     {"config", "hub", "profile", "files"},
-    {"errors", "blas"},
+    {"errors", "blas", "encode"},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "huggingface_hub")

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from reference import assert_close
 from test_cli import fails
 from test_eval import folder, results_of, write  # noqa: F401
@@ -18,7 +20,7 @@ from test_training import write as write_split
 from tiny_models import COMMON, attached, make_model, make_tokenizer
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.errors import BadCheckpoint
+from mlx_specstream.errors import BadArgument, BadCheckpoint
 from mlx_specstream.model.checkpoint import fingerprint, save_streams
 from mlx_specstream.train import trainer as trainer_of
 from mlx_specstream.train.answers import answers, settings_of
@@ -26,9 +28,10 @@ from mlx_specstream.train.config import FineTune, TrainConfig
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.health import Health
 from mlx_specstream.train.initial import begin_from
+from mlx_specstream.train.presets import APART
 from mlx_specstream.train.session import held_out, train_streams
 from mlx_specstream.train.shared import Destination
-from mlx_specstream.train.trainer import CHECKPOINT
+from mlx_specstream.train.trainer import CHECKPOINT, Trainer
 
 ROWS = [{"prompt": f"a{n} a9 a3", "completion": f" a7 a{n} a11 a7 a9 a11 a7"} for n in range(5, 17)]
 CONFIG = TrainConfig(iters=6, batch_size=2, hosts=3, eval_every=50, save_every=3)
@@ -41,7 +44,7 @@ def rows(tmp_path):
     return write_split(tmp_path / "rows", "train.jsonl", ROWS)
 
 
-def run(rows, out, config, until=None, root_rank=0, **options):
+def run(rows, out, config, until=None, root_rank=0, model=None, **options):
     """What a run says of itself; ``until``: it is interrupted behind that step."""
 
     def report(progress):
@@ -49,7 +52,7 @@ def run(rows, out, config, until=None, root_rank=0, **options):
             raise KeyboardInterrupt
 
     ranks = {"lora_rank": 3, "root_rank": root_rank}
-    shape, model = StreamConfig(num_streams=2, msa_layers=2, **ranks), make_model()
+    shape, model = StreamConfig(num_streams=2, msa_layers=2, **ranks), model or make_model()
     if config.fine_tune:
         options["fused"] = Destination(out / "model", save_base(model, out.parent / "base"), BASE)
     return train_streams(
@@ -133,6 +136,32 @@ def test_advice_names_what_was_saved():
     assert "--resume" not in health.advice()
     health.saved = 4000
     assert "--resume --iters 4000" in health.advice()
+
+
+def test_a_run_goes_on_with_its_own_adapters_and_draft_vocabulary(rows, tmp_path):
+    """They are in no fingerprint, and a forgotten option would change what is trained."""
+
+    def adapted(value):
+        model = make_model()
+        linear_to_lora_layers(model, 2, {"rank": 2, "scale": 2.0, "dropout": 0.0})
+        for layer in model.layers[-2:]:
+            layer.self_attn.q_proj.lora_b = mx.full(layer.self_attn.q_proj.lora_b.shape, value)
+            layer.self_attn.q_proj.lora_a = mx.ones_like(layer.self_attn.q_proj.lora_a)
+        return model
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(rows, out, CONFIG, until=4, model=adapted(0.1), draft_vocabulary=6)
+    for options, says in (
+        ({"draft_vocabulary": 6}, "with other adapters"),
+        ({"model": adapted(0.2), "draft_vocabulary": 6}, "with other adapters"),
+        ({"model": adapted(0.1)}, "of another --draft-vocabulary"),
+        ({"model": adapted(0.1), "draft_vocabulary": 4}, "of another --draft-vocabulary"),
+    ):
+        with pytest.raises(BadCheckpoint, match=says):
+            run(rows, out, CONFIG, resume=True, **options)
+    about = run(rows, out, CONFIG, resume=True, model=adapted(0.1), draft_vocabulary=6)
+    assert about["steps"] == CONFIG.iters
 
 
 def test_a_dry_run_of_a_resumed_self_distillation(rows, tmp_path):
@@ -273,3 +302,56 @@ def test_rows_without_an_answer_have_no_quality(capsys, folder, tmp_path):  # no
 def test_undo_trains_nothing(capsys, tmp_path):
     line = fails(capsys, "train", "--model", tmp_path, "--undo", "--from-log", tmp_path / "log")
     assert "[undo]" in line
+    line = fails(capsys, "train", "--model", tmp_path, "--undo", "--dry-run")
+    assert "leave 'dry_run' out" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--num-layers", "3"], "num_layers"),
+        (["--dequantize"], "dequantize"),
+        (["--preset", "best"], "preset"),
+        (["--self-distill-temperature", "1"], "self_distill_temperature"),
+        (["--ignore-chat-template"], "ignore_chat_template"),
+    ],
+)
+def test_a_log_takes_no_options_that_it_would_ignore(capsys, tmp_path, more, name):
+    line = fails(capsys, "train", "--model", tmp_path, "--from-log", tmp_path / "log", *more)
+    assert f"[{name}] has no place beside --from-log" in line
+
+
+def test_steps_or_minutes(capsys, tmp_path):
+    run = ["train", "--model", tmp_path, "--data", tmp_path, "--streams", tmp_path / "s"]
+    line = fails(capsys, *run, "--iters", "3", "--minutes", "1")
+    assert "--iters steps or --minutes of time, not both" in line
+    with pytest.raises(BadArgument, match="without 'minutes'"):
+        TrainConfig(eval_every=None)
+
+
+def test_a_run_by_the_clock_validates_by_the_clock():
+    """As many validations as asked for, whatever a step takes, with some steps between two."""
+    config = TrainConfig(minutes=1.0, eval_every=None, validations=4)
+    run = SimpleNamespace(config=config, history=[{"iteration": 0, "seconds": 0.0}])
+
+    def when(seconds: float) -> list[int]:
+        """Steps of so many seconds behind which there is one, until the minute is over."""
+        run.history, found = run.history[:1], []
+        for run.iteration in range(1, int(60 / seconds) + 1):
+            run.seconds = run.iteration * seconds
+            if Trainer.validation_is_due.fget(run):
+                found.append(run.iteration)
+                run.history.append({"iteration": run.iteration, "seconds": run.seconds})
+        return found
+
+    assert when(0.1) == [150, 300, 450, 600]
+    assert when(0.5) == [30, 60, 90, 120]
+    assert when(2.0) == [APART]
+
+
+def test_a_model_cannot_be_fused_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(BadArgument, match=r"'fused_path' .* cannot be written"):
+            Destination(path, tmp_path, {})
+    Destination(tmp_path / "new" / "model", tmp_path, {})

@@ -17,6 +17,7 @@ from . import options, show
 HELP = "compare the speed with mlx-lm's"
 SLACK = 64  # tokens of the context left free beside prompt and answer: the nodes of a draft
 LEAST_ROOM = 16  # tokens; a smaller prompt says nothing
+SPLIT = "valid"  # of a folder of data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data",
         type=Path,
-        metavar="FILE",
-        help="your own: jsonl rows with prompt, messages or text (may end in .gz)",
+        help="your own: jsonl rows with prompt, messages or text (may end in .gz), or a folder with "
+        "valid.jsonl",
     )
     what.add_argument(
         "--prompts", type=int, help="at most so many of each kind (default: all; of --data 20)"
@@ -123,14 +124,16 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be said before a model is loaded."""
+    from ..measure.questions import data_file
+
     for name, least in (("repeats", 1), ("prompts", 1), ("max_tokens", 2), ("num_draft_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise BadArgument(f"[{name}] must be at least {least}; got {value}.")
     if args.num_draft_tokens is not None and not args.draft_model:
         raise BadArgument("[num_draft_tokens] needs --draft-model.")
-    if args.data is not None and not args.data.is_file():
-        raise BadArgument(f"[data] {args.data} is not a file.")
+    if args.data is not None:
+        data_file(args.data, SPLIT)
     for name in ("json", "html"):
         options.check_output(name, getattr(args, name))
     if args.json is not None and args.json == args.html:
@@ -154,6 +157,7 @@ def _stock(args: argparse.Namespace, model):
 
 def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: list[str]) -> list:
     from ..measure.prompts import KINDS, Encoder, bundled, from_file
+    from ..measure.questions import data_file
 
     room = None if context is None else context - args.max_tokens - SLACK
     if room is not None and room < LEAST_ROOM:
@@ -167,7 +171,7 @@ def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: li
     kinds = args.kinds if args.kinds is not None else [] if args.data else list(KINDS)
     prompts = bundled(list(dict.fromkeys(kinds)), encoder, args.prompts)
     if args.data is not None:
-        own, rows = from_file(args.data, encoder, args.prompts)
+        own, rows = from_file(data_file(args.data, SPLIT), encoder, args.prompts)
         prompts += own
         if len(own) < rows:
             notes.append(f"{len(own)} of {rows} own prompts, spread evenly over the file")

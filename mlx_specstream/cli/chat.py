@@ -34,6 +34,14 @@ def run(args: argparse.Namespace) -> None:
     seams = seams_of(model)
     if seams is not None:  # a plan that cannot be made is said now, not after the first message
         make_plan(seams.streams.config, args.tree or "chain", args.placement, keywords["prune"])
+    if (
+        seams is not None
+        and seams.streams is not None
+        and args.tree is None
+        and not args.no_streams
+    ):
+        for line in options.planner_note(seams):
+            print(f"mlx-specstream: note: {line}", file=sys.stderr)
     log = options.answer_log(args, model)
     conversation = Conversation(model, tokenizer, args.system_prompt, keywords, log)
     read = _reader()

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        help="folder with train.jsonl (or .jsonl.gz) as for training, or with text that the model said; "
-        "tokens of the completions are counted",
+        help="folder with train.jsonl (or .jsonl.gz) whose rows have answers, best what the model says; their "
+        "tokens are counted (for prompts alone: train --self-distill --draft-vocabulary)",
     )
     parser.add_argument(
         "--size",
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.size and args.data is None:
         raise BadArgument("[draft-vocabulary] '--data' is needed to choose tokens from.")
     model, tokenizer, _ = load_base(
-        model_folder(args.model, args.revision),
+        model_folder(args.model, args.revision, args.trust_remote_code),
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )

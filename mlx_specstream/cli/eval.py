@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="{}",
         help=r"what the model expects around the prompt of a row, as 'Q: {}\nA:'; \n is a new line",
     )
+    options.add_template(data)
     data.add_argument(
         "--metrics",
         nargs="*",
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     keywords = options.generation_arguments(argparse.Namespace(**{**vars(args), "tree": None}))
     path = data_file(args.data, args.split)
     model, tokenizer = options.load_model(args)
+    options.templates(args, tokenizer)
     form = args.prompt_form.replace("\\n", "\n")  # a shell hands over two characters
     questions, notes = read_questions(path, tokenizer, limit=args.limit, seed=args.seed, form=form)
     context = options.context_of(model)
@@ -76,18 +78,22 @@ def run(args: argparse.Namespace) -> None:
     ways = make_ways(model, tokenizer, keywords, trees, seams is not None)
     evaluation = Evaluation(ways, questions, tokenizer, metrics)
     about = options.settings(args), about_model(options.shown_name(args.model), model, seams, None)
+
+    def tell(keep: bool = False) -> None:
+        """``keep``: what is in the file of results stays."""
+        results = evaluation.results(*about, notes)
+        if args.json and not (keep and args.json.exists()):
+            write_text(args.json, json.dumps(results, indent=1) + "\n")
+        show.print_tables(results, every_table(results))
+
     try:
         _measure(evaluation, seams, trees, is_greedy(keywords["sampler"]))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         if evaluation.answered:
             notes.append(f"interrupted after {evaluation.answered} of {len(questions)} prompts")
-            results = evaluation.results(*about, notes)
-            show.print_tables(results, every_table(results))
+            tell(keep=True)
         raise
-    results = evaluation.results(*about, notes)
-    if args.json:
-        write_text(args.json, json.dumps(results, indent=1) + "\n")
-    show.print_tables(results, every_table(results))
+    tell()
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -181,6 +181,20 @@ def generation_arguments(args: argparse.Namespace) -> dict:
     }
 
 
+def add_template(parser) -> None:
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="feed prompts as they are, for a model that is used with generate --ignore-chat-template",
+    )
+
+
+def templates(args: argparse.Namespace, tokenizer) -> None:
+    """Let the rows of data be encoded without the chat template, where that is asked for."""
+    if args.ignore_chat_template:
+        tokenizer.has_chat_template = False
+
+
 def chat_tokens(tokenizer, messages: list[dict]) -> list[int]:
     """The prompt that the chat template makes of messages; its own complaints are one line."""
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadArgument(f"[train] '{name}' is about the fine-tuned model; use --mode shared.")
     train_config(args, preset, 1)  # what can be said before a model is loaded
     self_distill = _self_distill(args)
-    folder = model_folder(args.model, args.revision)
+    folder = model_folder(args.model, args.revision, args.trust_remote_code)
     out = args.streams or train_online.streams_of(folder)
     begin_from = args.begin_from or (out if args.only else None)
     stream_config(args, preset, 1, begin_from)
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
+    options.templates(args, tokenizer)
     fused = None
     if args.fused_path is not None:
         fused = Destination(args.fused_path, folder, base_config, args.dequantize)
@@ -86,6 +87,10 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     print(f"{out}: {about['steps']} steps in {about['seconds']:.0f} s", file=sys.stderr)
+    print(
+        "streams of another shape: mlx-specstream tune measures what they cost here",
+        file=sys.stderr,
+    )
     if fused is not None:
         print(f"{args.fused_path}: the fine-tuned model", file=sys.stderr)
 
@@ -198,7 +203,12 @@ def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):
         **defaults,
         **given,
     }
-    if found["iters"] > 0:
+    if {"iters", "minutes"} <= given.keys():
+        raise BadArgument("[train] a run has --iters steps or --minutes of time, not both.")
+    if "minutes" in given:
+        found |= {"eval_every": given.get("eval_every"), "save_every": SAVE_EVERY, **given}
+        found.setdefault("validations", preset.validations)
+    elif found["iters"] > 0:
         found.setdefault("eval_every", every(found["iters"], preset.validations))
         found.setdefault("save_every", min(found["eval_every"], SAVE_EVERY))
     return TrainConfig(

@@ -11,6 +11,15 @@ from ..train.presets import PRESETS, PRUNE_RANK, explained
 from . import options
 
 
+def given(args: argparse.Namespace) -> set[str]:
+    """The options of ``train`` that say something else than their defaults do."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    required = {a.dest for a in parser._actions if a.required}
+    names = [a.dest for a in parser._actions if a.dest not in {*required, "help"}]
+    return {name for name in names if getattr(args, name) != parser.get_default(name)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
@@ -19,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with train.jsonl and valid.jsonl (or .jsonl.gz): rows with prompt and completion, "
         "messages, or text",
     )
+    options.add_template(parser)
     parser.add_argument(
         "--streams",
         type=Path,
@@ -32,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the checkpoint in --streams; give the other options again",
+        help="go on from the checkpoint in --streams; give the other options again (a log must not have grown)",
     )
     parser.add_argument(
         "--dry-run",
@@ -72,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     mode.add_argument(
-        "--fused-path", type=Path, metavar="DIR", help="shared: folder for the fine-tuned model"
+        "--fused-path",
+        type=Path,
+        metavar="DIR",
+        help="shared: folder for the fine-tuned model; a model that is there is replaced",
     )
     mode.add_argument(
         "--dequantize",
@@ -126,7 +139,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run_ = parser.add_argument_group("run")
     run_.add_argument("--iters", type=int, help="steps (default: the preset's)")
-    run_.add_argument("--minutes", type=float, help="train for this long instead of --iters")
+    run_.add_argument(
+        "--minutes",
+        type=float,
+        help="train for this long instead of --iters (what is done before the first step is not counted)",
+    )
     run_.add_argument("--batch-size", type=int, help="sequences per step (default: the preset's)")
     run_.add_argument(
         "--hosts", type=int, help="positions per sequence that get streams (default: 16)"
@@ -141,7 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patience",
         type=int,
         metavar="N",
-        help="stop after N validations without progress, and take the best (default: run to the end)",
+        help="stop after N validations without progress; in shared mode also take the best (lossless "
+        "runs always do) (default: run to the end)",
     )
     run_.add_argument(
         "--max-seq-length",
@@ -167,7 +185,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave tokens per pass and the real decode out of validations",
     )
     run_.add_argument(
-        "--eval-every", type=int, help="steps between validations (default: the preset's)"
+        "--eval-every",
+        type=int,
+        help="steps between validations (default: the preset's; with --minutes as many, evenly in time)",
     )
     run_.add_argument(
         "--save-every",

@@ -9,12 +9,24 @@ from pathlib import Path
 
 from ..errors import BadArgument, BadCheckpoint
 from ..train.presets import PRESETS, learning_rate
+from .train_arguments import given
 
 SHARE = 0.3  # of the usual learning rate: the streams are trained already
 ROUNDS, MOST = 3, 2000  # times through the log, and steps at most
 LOOKS = 8  # validations
 PATIENCE = 3  # of them
-NOT_HERE = ("data", "begin_from", "only", "self_distill", "main_sees_streams", "fused_path")
+OF_UNDO = {
+    "undo",
+    "streams",
+    "adapter_path",
+    "revision",
+    "trust_remote_code",
+}  # the options it takes
+NOT_HERE = {  # beside --from-log
+    "data", "begin_from", "only", "main_sees_streams", "fused_path", "num_layers", "dequantize", "preset",
+    "ignore_chat_template", "self_distill", "self_distill_temperature", "self_distill_max_tokens",
+    "self_distill_batch_size", "self_distill_cache",
+}  # fmt: skip
 
 
 def streams_of(model_folder: Path) -> Path:
@@ -32,9 +44,11 @@ def take_back(args: argparse.Namespace) -> None:
     from ..load import model_folder
     from ..train.online import undo
 
-    if args.from_log:
-        raise BadArgument("[undo] takes a run back and trains nothing; leave --from-log out.")
-    folder = args.streams or streams_of(model_folder(args.model, args.revision))
+    for name in sorted(given(args) - OF_UNDO):
+        raise BadArgument(f"[undo] takes a run back and trains nothing; leave '{name}' out.")
+    folder = args.streams or streams_of(
+        model_folder(args.model, args.revision, args.trust_remote_code)
+    )
     undo(folder)
     print(f"{folder}: as before the last --from-log", file=sys.stderr)
 
@@ -51,12 +65,11 @@ def learn(args: argparse.Namespace) -> None:
     from ..train.session import train_streams
     from . import train
 
-    for name in NOT_HERE:
-        if getattr(args, name):
-            raise BadArgument(f"[{name}] has no place beside --from-log.")
+    for name in sorted(given(args) & NOT_HERE):
+        raise BadArgument(f"[{name}] has no place beside --from-log.")
     if args.mode == "shared":
         raise BadArgument("[mode] shared would change the model; --from-log trains streams alone.")
-    folder = model_folder(args.model, args.revision)
+    folder = model_folder(args.model, args.revision, args.trust_remote_code)
     streams = args.streams or streams_of(folder)
     work = streams / WORK
     shape = train.stream_config(args, PRESETS["default"], 1, streams)
@@ -75,12 +88,13 @@ def learn(args: argparse.Namespace) -> None:
         folder, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
     data = read_log(args.from_log, identity(model), train.max_length(args, base_config))
-    preset = PRESETS[args.preset or "default"]
+    preset = PRESETS["default"]
     size = args.batch_size or preset.batch_size
     iters = args.iters or max(LOOKS, min(MOST, ROUNDS * len(data.train) // size))
     defaults = {
         "iters": iters,
         "eval_every": max(1, iters // LOOKS),
+        "validations": LOOKS,
         "patience": PATIENCE,
         "learning_rate": SHARE * learning_rate(hidden_size(model)),
         **train.batches(preset, model.model_type),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..encode import encode_text
 from ..errors import BadArgument, BadData
 
 KINDS = ("prose", "code", "json-sql", "long")
@@ -48,11 +49,7 @@ class Encoder:
         self.tokenizer, self.chat, self.room = tokenizer, chat, room
 
     def text(self, text: str) -> list[int]:
-        """As mlx-lm encodes a prompt: special tokens unless the text brings them itself."""
-        bos = self.tokenizer.bos_token
-        return self.tokenizer.encode(
-            text, add_special_tokens=bos is None or not text.startswith(bos)
-        )
+        return encode_text(self.tokenizer, text)
 
     def user(self, text: str) -> list[int]:
         return self.chat([{"role": "user", "content": text}]) if self.chat else self.text(text)

@@ -95,7 +95,7 @@ def _parts(row: dict) -> tuple[str, str | None]:
         return row["prompt"], row["completion"].strip()
     if "messages" in row:
         *before, last = row["messages"]
-        return json.dumps([before, row.get("tools")]), _text_of(last["content"]).strip()
+        return json.dumps([before, row.get("tools")]), _text_of(last.get("content") or "").strip()
     return row["text"].strip(), None
 
 

@@ -68,10 +68,12 @@ class TrainConfig:
         only: ``"pruning"`` trains the early-exit head and leaves all else as it is; None trains all.
         grad_checkpoint: make the layers' activations again for the gradient instead of keeping them.
         seed: of the initial values and of the order of the data.
-        eval_every: steps between validations.
+        eval_every: steps between validations; None, for a run of ``minutes``: ``validations`` of them,
+            evenly in time.
         save_every: steps between checkpoints.
         patience: end the run after so many validations without progress, and take the values of the
-            best one (that before the first step included); None runs to the end and takes the last.
+            best one (that before the first step included); None runs to the end, and in shared mode takes
+            the last (lossless runs always take the best).
     """
 
     iters: int = 3000
@@ -87,15 +89,17 @@ class TrainConfig:
     only: str | None = None
     grad_checkpoint: bool = False
     seed: int = 0
-    eval_every: int = 200
+    eval_every: int | None = 200
+    validations: int = 15
     save_every: int = 200
     patience: int | None = None
 
     def __post_init__(self):
         for name in (
-            "iters", "batch_size", "grad_accumulation_steps", "hosts", "eval_every", "save_every",
+            "iters", "batch_size", "grad_accumulation_steps", "hosts", "eval_every", "validations",
+            "save_every",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise BadArgument(f"[train] '{name}' must be >= 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "embedding_rate"):
             if not 0 < getattr(self, name) < math.inf:
@@ -108,6 +112,10 @@ class TrainConfig:
             raise BadArgument(f"[train] 'only' must be {' or '.join(ONLY)}, got '{self.only}'.")
         if self.minutes is not None and not self.minutes > 0:
             raise BadArgument(f"[train] 'minutes' must be > 0, got {self.minutes}.")
+        if self.eval_every is None and self.minutes is None:
+            raise BadArgument(
+                "[train] 'eval_every' must be a number of steps in a run without 'minutes'."
+            )
         if self.target not in TARGETS:
             raise BadArgument(
                 f"[train] 'target' must be one of {', '.join(TARGETS)}; got '{self.target}'."

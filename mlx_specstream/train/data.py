@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..encode import encode_text
 from ..errors import BadData
 from .report import DataReport
 
@@ -207,19 +208,19 @@ def _example(row: dict, tokenizer) -> Example:
         if not all(isinstance(row[k], str) for k in ("prompt", "completion")):
             raise ValueError("prompt and completion must be strings")
         if not tokenizer.has_chat_template:
-            prompt = tokenizer.encode(row["prompt"])
+            prompt = encode_text(tokenizer, row["prompt"])
             rest = tokenizer.encode(row["completion"], add_special_tokens=False)
             return Example([*prompt, *rest, *_end(tokenizer)], len(prompt))
         messages = [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["completion"]},
         ]
-        return _chat(messages, None, tokenizer)
+        return _chat(messages, row.get("tools"), tokenizer)
     if "messages" in row:
         return _chat(row["messages"], row.get("tools"), tokenizer)
     if not isinstance(row["text"], str):
         raise ValueError("text must be a string")
-    tokens = tokenizer.encode(row["text"])
+    tokens = encode_text(tokenizer, row["text"])
     if tokens[-1:] != _end(tokenizer):
         tokens += _end(tokenizer)
     return Example(tokens, 0)
@@ -232,7 +233,7 @@ def _prompt(row: dict, tokenizer) -> Example:
     if "prompt" in row and not isinstance(row["prompt"], str):
         raise ValueError("prompt must be a string")
     if "prompt" in row and not tokenizer.has_chat_template:
-        tokens = tokenizer.encode(row["prompt"])
+        tokens = encode_text(tokenizer, row["prompt"])
         return Example(tokens, len(tokens))
     if "prompt" in row:
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -266,8 +267,8 @@ def _templated(messages: list[dict], tools, tokenizer, **how) -> list[int]:
         raise ValueError(
             "the tokenizer has no chat template, so rows must have prompt/completion or text"
         )
-    if not all(isinstance(m["content"], str | list) for m in messages):
-        raise ValueError("every message must have a content")
+    if not all(isinstance(m.get("content"), str | list) or m.get("tool_calls") for m in messages):
+        raise ValueError("every message must have a content or tool_calls")
     return tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **how)
 
 

@@ -60,7 +60,7 @@ class Health:
 
     def advice(self) -> str:
         return f"train with a lower --learning-rate than {self.rate:g}, say {self.rate / 3:.1g}" + (
-            f" (or take what there was at step {self.saved}: --resume --iters {self.saved})"
+            f" (or take what there was at step {self.saved}: --resume --iters {self.saved}, without --minutes)"
             if self.saved
             else ""
         )

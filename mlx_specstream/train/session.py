@@ -135,7 +135,7 @@ def train_streams(
     scale_embeddings(seams, rms)
     if begin_from is not None:
         note(take_over(begin_from, seams))
-    trainer = Trainer(seams, config, out, base, main_lora, hidden_rms=rms, look=look)
+    trainer = Trainer(seams, config, out, base, main_lora, name, hidden_rms=rms, look=look)
     extra, line = _sizes(trainer)
     note(f"{len(train)} rows to train on, {len(valid)} held out; {line}")
     if resume:
@@ -250,6 +250,11 @@ def _check(
     """What cannot end well does not begin."""
     check_supported(model)
     layers, fine_tune = len(model.layers), config.fine_tune
+    if streams.main_sees_streams and config.only:
+        raise BadArgument(
+            "[train] 'only' cannot be used with streams that the model sees ([P]): it would change what "
+            "the model says; train the early exit with them, by --prune-rank."
+        )
     if streams.main_sees_streams and fine_tune is None:
         raise BadArgument(
             "[train] main_sees_streams changes the base's output; lossless training cannot. Use "

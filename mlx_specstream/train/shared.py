@@ -47,6 +47,9 @@ class Destination:
             raise BadArgument(
                 f"[train] 'fused_path' must not be the base itself, got {self.path}; name another."
             )
+        folder = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise BadArgument(f"[train] 'fused_path' {self.path} cannot be written; name another.")
 
 
 def add_lora(model: nn.Module, fine_tune: FineTune, msa_layers: int) -> list[nn.Module]:

@@ -28,6 +28,7 @@ from .health import Health
 from .hidden import HiddenStates
 from .learner import Learner
 from .loss import evaluate, exit_loss, stream_losses
+from .presets import APART
 from .recompute import Recompute
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,7 +39,9 @@ TOP_K = 4  # the accuracy reported beside top-1
 PROGRESS = 1e-3  # of the validation loss: less is none
 SAVE_AFTER = 300.0  # seconds: slow steps are saved more often than save_every says
 # By a run that goes on with another.
-CHANGEABLE = ("iters", "minutes", "grad_checkpoint", "eval_every", "save_every", "patience")
+CHANGEABLE = (
+    "iters", "minutes", "grad_checkpoint", "eval_every", "validations", "save_every", "patience",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Trainer:
         seams: the attached model, with streams.
         config: how to train.
         folder: where checkpoints go.
-        base: ``fingerprint`` of the base, which a checkpoint must match.
+        base: ``fingerprint`` of the base, which a checkpoint must match; ``name``: its ``identity``,
+            adapters included, which it must match, too.
         main_lora: the modules of the model that are trained, too (shared mode).
         hidden: the hidden states of the training rows, if they are known.
         hidden_rms: of the hidden states that P_j is added to.
@@ -91,6 +95,7 @@ class Trainer:
         folder: Path,
         base: dict[str, Any] | None = None,
         main_lora: list[nn.Module] = (),
+        name: str = "",
         hidden: HiddenStates | None = None,
         hidden_rms: float = 1.0,
         look: Callable[[int], dict[str, Any]] | None = None,
@@ -99,6 +104,7 @@ class Trainer:
         self.hidden_rms, self.look = hidden_rms, look
         self.saved: Callable[[], None] = lambda: None
         self.base = fingerprint(seams.model) if base is None else base
+        self.name = name
         self.learner = Learner(seams.streams, list(main_lora), config.only)
         self.iteration, self.seconds, self.history, self.data = 0, 0.0, [], ""
         self.keeps_best = config.patience is not None or config.fine_tune is None
@@ -139,6 +145,18 @@ class Trainer:
         return min(1.0, self.iteration / self.config.iters)
 
     @property
+    def validation_is_due(self) -> bool:
+        """Is it time for one after this step?"""
+        if self.config.eval_every is not None:
+            return self.iteration % self.config.eval_every == 0
+        last = self.history[-1]
+        seconds = 60 * self.config.minutes / self.config.validations
+        return (
+            self.iteration - last["iteration"] >= APART
+            and self.seconds - last["seconds"] >= seconds
+        )
+
+    @property
     def patience_left(self) -> float:
         """Validations without progress that the run may still see."""
         if self.config.patience is None:
@@ -175,7 +193,7 @@ class Trainer:
             self.seconds = time.perf_counter() - clock
             tokens += sum(batch.num_tokens for batch in some)
             validation = None
-            if self.iteration % config.eval_every == 0 or self.done >= 1.0:
+            if self.done >= 1.0 or self.validation_is_due:
                 validation = self.validate(held_out)
                 self.seconds = time.perf_counter() - clock  # a user waits for it too
             ends = self.done >= 1.0 or self.patience_left <= 0
@@ -309,6 +327,8 @@ class Trainer:
             "streams": self.seams.streams.config.to_json(),
             "config": self.config.to_json(),
             "base": self.base,
+            "name": self.name,
+            "draft_vocabulary": self._drafted(),
             "data": self.data,
         }
         temporary = self.folder / f".{CHECKPOINT}.tmp.safetensors"
@@ -317,6 +337,11 @@ class Trainer:
             os.fsync(file.fileno())  # a power cut must not leave a name without content
         os.replace(temporary, self.folder / CHECKPOINT)
         self.saved()
+
+    def _drafted(self) -> int:
+        """Tokens of the draft vocabulary; 0: the whole one."""
+        chosen = self.seams.streams.draft_vocabulary
+        return 0 if chosen is None else chosen.size
 
     def _state(self) -> dict[str, mx.array]:
         return {
@@ -369,6 +394,11 @@ class Trainer:
         known = {name for name in state if not name.startswith("best.")}
         for what, same in (
             ("of another base", compare(about["base"], self.base)[0] == "same"),
+            ("of this base with other adapters", about.get("name", self.name) == self.name),
+            (
+                "of another --draft-vocabulary",
+                about.get("draft_vocabulary", self._drafted()) == self._drafted(),
+            ),
             ("of other data", about.get("data") == data),
             ("of another version of mlx-specstream", known == self._state().keys()),
         ):
