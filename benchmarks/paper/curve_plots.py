@@ -17,8 +17,8 @@ Tokens per pass against each choice, made by `benchmarks/paper/curves.py` (raw f
 `benchmarks/results/paper/curves.json`). Every point is a **short run of as many steps**: what is
 compared is how good streams are after few steps, not how good they can become, and steps of more layers or
 streams take longer. What a curve does not change is four streams in one layer, LoRA of rank 32, no conditioning
-and no root, which is not what the presets make. Unless a curve is about trees, trees are best-first with at most 32 nodes, replayed
-exactly.
+and no root, which is not what the presets make. Unless a curve is about trees, trees are best-first with at
+most 32 nodes, replayed exactly.
 
 *Predicted* columns are arithmetic, nothing measured there: tokens per pass of the best tree for that
 machine over what the pass costs by row costs that others published (`tests/data/mac_curves.json`);
