@@ -87,10 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     print(f"{out}: {about['steps']} steps in {about['seconds']:.0f} s", file=sys.stderr)
-    print(
-        "streams of another shape: mlx-specstream tune measures what they cost here",
-        file=sys.stderr,
-    )
+    print("mlx-specstream tune measures what passes with such streams cost", file=sys.stderr)
     if fused is not None:
         print(f"{args.fused_path}: the fine-tuned model", file=sys.stderr)
 
