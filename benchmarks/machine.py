@@ -5,7 +5,7 @@ import os
 from mlx_specstream.measure.machine import about_machine
 
 __all__ = ["about_machine", "arguments"]
-PATHS = ("model", "streams")
+PATHS = ("model", "streams", "work")
 
 
 def arguments(args) -> dict:
