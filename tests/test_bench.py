@@ -261,7 +261,7 @@ def fails(capsys, *argv) -> str:
         (["--kinds"], "must name at least one kind"),
         (["--num-draft-tokens", "2"], "needs --draft-model"),
         (["--data", "{tmp}/none.jsonl"], "neither a file nor a folder"),
-        (["--data", "{tmp}"], "has no valid.jsonl or valid.jsonl.gz; choose another"),
+        (["--data", "{tmp}"], "must hold valid.jsonl or valid.jsonl.gz"),
         (["--data", "{tmp}/empty.jsonl"], "holds no row"),
         (["--data", "{tmp}/broken.jsonl"], "broken.jsonl:2: not a row of JSON"),
         (["--data", "{tmp}/wrong.jsonl"], "wrong.jsonl:1: a row must have"),

@@ -64,6 +64,14 @@ def test_eval_leaves_out_answers_that_are_calls(tmp_path):
     assert notes == ["left out, as prompt or answer is empty: 1 rows"]
 
 
+def test_questions_with_other_tools_are_other_questions(tmp_path):
+    rows = [{"prompt": "a5", "completion": f"a{n}", "tools": [{"name": f"a{n}"}]} for n in (7, 8)]
+    rows += [{"prompt": "a5", "completion": f"a{n}"} for n in (7, 9)]
+    path = write(tmp_path / "r.jsonl", rows)
+    questions, _ = read_questions(path, make_tokenizer(chat=True), limit=-1, seed=0)
+    assert [q.references for q in questions] == [["a7"], ["a8"], ["a7", "a9"]]
+
+
 def test_the_command_can_do_without_the_template(tmp_path, capsys):
     base = tmp_path / "base"
     save_model(base, make_model())

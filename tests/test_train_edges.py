@@ -332,16 +332,17 @@ def test_steps_or_minutes(capsys, tmp_path):
 def test_a_run_by_the_clock_validates_by_the_clock():
     """As many validations as asked for, whatever a step takes, with some steps between two."""
     config = TrainConfig(minutes=1.0, eval_every=None, validations=4)
-    run = SimpleNamespace(config=config, history=[{"iteration": 0, "seconds": 0.0}])
+    run = SimpleNamespace(config=config, history=[{"iteration": 0}])
 
     def when(seconds: float) -> list[int]:
         """Steps of so many seconds behind which there is one, until the minute is over."""
-        run.history, found = run.history[:1], []
+        run.history, run.validated, found = run.history[:1], 0.0, []
         for run.iteration in range(1, int(60 / seconds) + 1):
             run.seconds = run.iteration * seconds
             if Trainer.validation_is_due.fget(run):
                 found.append(run.iteration)
-                run.history.append({"iteration": run.iteration, "seconds": run.seconds})
+                run.history.append({"iteration": run.iteration})
+                run.validated = run.seconds
         return found
 
     assert when(0.1) == [150, 300, 450, 600]

@@ -69,7 +69,10 @@ def read(path: Path, tokenizer, max_length: int) -> list[Example]:
 def to_example(prompt: str, completion: str, tokenizer) -> Example:
     """With a chat template, if the tokenizer has one: as mlx-specstream train does it."""
     if not tokenizer.chat_template:
-        start = tokenizer.encode(prompt)
+        bos = tokenizer.bos_token  # a prompt that brings it gets no second one
+        start = tokenizer.encode(
+            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
+        )
         rest = tokenizer.encode(completion, add_special_tokens=False)
         return Example([*start, *rest, tokenizer.eos_token_id], len(start))
     asked = [{"role": "user", "content": prompt}]

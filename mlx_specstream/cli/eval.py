@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..errors import BadArgument
@@ -82,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
     def tell(keep: bool = False) -> None:
         """``keep``: what is in the file of results stays."""
         results = evaluation.results(*about, notes)
-        if args.json and not (keep and args.json.exists()):
+        if args.json and keep and args.json.exists():
+            print(f"mlx-specstream: note: {args.json} stays as it was", file=sys.stderr)
+        elif args.json:
             write_text(args.json, json.dumps(results, indent=1) + "\n")
         show.print_tables(results, every_table(results))
 

@@ -185,7 +185,8 @@ def add_template(parser) -> None:
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
-        help="feed prompts as they are, for a model that is used with generate --ignore-chat-template",
+        help="feed prompts as they are, for a model that is used with generate --ignore-chat-template; rows "
+        "must not be messages",
     )
 
 

@@ -203,7 +203,8 @@ def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):
     if {"iters", "minutes"} <= given.keys():
         raise BadArgument("[train] a run has --iters steps or --minutes of time, not both.")
     if "minutes" in given:
-        found |= {"eval_every": given.get("eval_every"), "save_every": SAVE_EVERY, **given}
+        found |= {"eval_every": given.get("eval_every"), **given}
+        found.setdefault("save_every", min(given.get("eval_every") or SAVE_EVERY, SAVE_EVERY))
         found.setdefault("validations", preset.validations)
     elif found["iters"] > 0:
         found.setdefault("eval_every", every(found["iters"], preset.validations))

@@ -92,7 +92,9 @@ def read_questions(
 def _parts(row: dict) -> tuple[str, str | None]:
     """(what rows of one prompt share, the answer); plain text has no answer."""
     if "prompt" in row and "completion" in row:
-        return row["prompt"], row["completion"].strip()
+        prompt, tools = row["prompt"], row.get("tools")
+        shared = json.dumps([prompt, tools]) if prompt and tools else prompt
+        return shared, row["completion"].strip()
     if "messages" in row:
         *before, last = row["messages"]
         return json.dumps([before, row.get("tools")]), _text_of(last.get("content") or "").strip()

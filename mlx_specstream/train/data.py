@@ -265,7 +265,7 @@ def _chat(messages: list[dict], tools, tokenizer) -> Example:
 def _templated(messages: list[dict], tools, tokenizer, **how) -> list[int]:
     if not tokenizer.has_chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, so rows must have prompt/completion or text"
+            "there is no chat template, or --ignore-chat-template, so rows must have prompt/completion or text"
         )
     if not all(isinstance(m.get("content"), str | list) or m.get("tool_calls") for m in messages):
         raise ValueError("every message must have a content or tool_calls")

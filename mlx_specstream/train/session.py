@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .data import Example, digest, has_split, in_both, read_examples, spread
 from .estimate import estimate
 from .hidden import hidden_states
-from .identity import identity
+from .identity import adapters_of, identity
 from .initial import begin_from as take_over
 from .initial import hidden_rms, new_streams, scale_embeddings
 from .record import ancestry, versions, write_record
@@ -122,7 +122,7 @@ def train_streams(
         answer = partial(try_answering if trying else answered, model, tokenizer)
         train, valid = (answer(some, self_distill, max_length, note) for some in (train, valid))
     mx.random.seed(config.seed)
-    base, name = fingerprint(model), identity(model)
+    base, name, adapters = fingerprint(model), identity(model), adapters_of(model)
     main_lora = add_lora(model, config.fine_tune, streams.msa_layers) if config.fine_tune else []
     parameters = new_streams(model, streams)
     if draft_vocabulary:
@@ -135,7 +135,7 @@ def train_streams(
     scale_embeddings(seams, rms)
     if begin_from is not None:
         note(take_over(begin_from, seams))
-    trainer = Trainer(seams, config, out, base, main_lora, name, hidden_rms=rms, look=look)
+    trainer = Trainer(seams, config, out, base, main_lora, adapters, hidden_rms=rms, look=look)
     extra, line = _sizes(trainer)
     note(f"{len(train)} rows to train on, {len(valid)} held out; {line}")
     if resume:

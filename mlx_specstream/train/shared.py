@@ -47,8 +47,9 @@ class Destination:
             raise BadArgument(
                 f"[train] 'fused_path' must not be the base itself, got {self.path}; name another."
             )
-        folder = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
+        folder = next(p for p in self.path.absolute().parents if p.exists())  # where it is staged
+        other = self.path.exists() and not self.path.is_dir()
+        if other or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise BadArgument(f"[train] 'fused_path' {self.path} cannot be written; name another.")
 
 

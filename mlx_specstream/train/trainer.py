@@ -26,6 +26,7 @@ from .config import TrainConfig
 from .data import Batch, Example, batches, digest, make_batch, spread
 from .health import Health
 from .hidden import HiddenStates
+from .identity import same_adapters
 from .learner import Learner
 from .loss import evaluate, exit_loss, stream_losses
 from .presets import APART
@@ -74,8 +75,7 @@ class Trainer:
         seams: the attached model, with streams.
         config: how to train.
         folder: where checkpoints go.
-        base: ``fingerprint`` of the base, which a checkpoint must match; ``name``: its ``identity``,
-            adapters included, which it must match, too.
+        base: ``fingerprint`` of the base and ``adapters_of`` it, both of which a checkpoint must match.
         main_lora: the modules of the model that are trained, too (shared mode).
         hidden: the hidden states of the training rows, if they are known.
         hidden_rms: of the hidden states that P_j is added to.
@@ -95,7 +95,7 @@ class Trainer:
         folder: Path,
         base: dict[str, Any] | None = None,
         main_lora: list[nn.Module] = (),
-        name: str = "",
+        adapters: dict[str, float] | None = None,
         hidden: HiddenStates | None = None,
         hidden_rms: float = 1.0,
         look: Callable[[int], dict[str, Any]] | None = None,
@@ -104,11 +104,12 @@ class Trainer:
         self.hidden_rms, self.look = hidden_rms, look
         self.saved: Callable[[], None] = lambda: None
         self.base = fingerprint(seams.model) if base is None else base
-        self.name = name
+        self.adapters = adapters or {}
         self.learner = Learner(seams.streams, list(main_lora), config.only)
         self.iteration, self.seconds, self.history, self.data = 0, 0.0, [], ""
         self.keeps_best = config.patience is not None or config.fine_tune is None
         self.best: dict[str, mx.array] | None = None  # values of the best validation, if kept
+        self.validated = 0.0  # seconds of the run behind the last validation
         self.since: list[list[float]] = []  # losses of the steps since the last validation
         self.stop_requested = False
         self.health = Health(config.learning_rate)
@@ -152,8 +153,7 @@ class Trainer:
         last = self.history[-1]
         seconds = 60 * self.config.minutes / self.config.validations
         return (
-            self.iteration - last["iteration"] >= APART
-            and self.seconds - last["seconds"] >= seconds
+            self.iteration - last["iteration"] >= APART and self.seconds - self.validated >= seconds
         )
 
     @property
@@ -196,6 +196,7 @@ class Trainer:
             if self.done >= 1.0 or self.validation_is_due:
                 validation = self.validate(held_out)
                 self.seconds = time.perf_counter() - clock  # a user waits for it too
+                self.validated = self.seconds
             ends = self.done >= 1.0 or self.patience_left <= 0
             if self.iteration % config.save_every == 0 or ends or self.seconds - saved > SAVE_AFTER:
                 self.save()
@@ -327,7 +328,7 @@ class Trainer:
             "streams": self.seams.streams.config.to_json(),
             "config": self.config.to_json(),
             "base": self.base,
-            "name": self.name,
+            "adapters": self.adapters,
             "draft_vocabulary": self._drafted(),
             "data": self.data,
         }
@@ -394,7 +395,10 @@ class Trainer:
         known = {name for name in state if not name.startswith("best.")}
         for what, same in (
             ("of another base", compare(about["base"], self.base)[0] == "same"),
-            ("of this base with other adapters", about.get("name", self.name) == self.name),
+            (
+                "of this base with other adapters",
+                same_adapters(about.get("adapters", self.adapters), self.adapters),
+            ),
             (
                 "of another --draft-vocabulary",
                 about.get("draft_vocabulary", self._drafted()) == self._drafted(),
@@ -410,6 +414,7 @@ class Trainer:
         self.learner.update(part("learner."))
         self.optimizer.state = part("optimizer.")
         self.iteration, self.seconds = about["iteration"], about["seconds"]
+        self.validated = self.seconds
         self.history, self.since = about["history"], about["since"]
         self.hidden_rms, self.health.saved = about["hidden_rms"], self.iteration
         self.health.least = about.get("least_loss", math.inf)
