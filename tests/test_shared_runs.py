@@ -114,6 +114,20 @@ def test_the_fused_model_is_the_one_that_was_trained(mask, base, data, tmp_path)
     assert seams_of(model).streams.config == streams_for(mask)
 
 
+@pytest.mark.parametrize(("held_out", "worse"), [(" a7 a9 a11", False), (" a20 a26 a23", True)])
+def test_a_run_says_whether_it_made_the_model_worse(held_out, worse, base, data, tmp_path):
+    rows = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "completion": held_out * 2}) + "\n" for row in rows]
+    (data / "valid.jsonl").write_text("".join(lines))
+    about, notes, _ = run(base, data, tmp_path, "V1", config={"iters": 20})
+    said = [note for note in notes if "worse on the held-out rows" in note]
+    assert len(said) == worse, notes
+    if worse:
+        (now,) = about["validation"]["main_loss"]
+        assert f"is {now:.3f}." in said[0]
+        assert "--mode lossless" in said[0]
+
+
 def test_v1_says_the_same_with_and_without_streams(base, data, tmp_path):
     run(base, data, tmp_path, "V1", config={"iters": 20})
     before, _ = mlx_lm.load(str(base))

@@ -223,6 +223,13 @@ def _outcome(trainer: Trainer, valid: list[Example], note: Callable[[str], None]
     if taken < trainer.iteration:
         note(f"the streams of step {taken} are taken, the best on the held-out rows")
     found = next(h for h in reversed(trainer.history) if h["iteration"] == taken)
+    before, now = (sum(h.get("main_loss", [])) for h in (trainer.history[0], found))
+    if now > before:
+        note(
+            f"the model itself is worse on the held-out rows than it was: its loss was {before:.3f} and "
+            f"is {now:.3f}. If it knew the task already, --mode lossless leaves it as it is; else train "
+            f"longer, or with a lower --learning-rate than {config.learning_rate:g}"
+        )
     about = {
         "steps": trainer.iteration,
         "seconds": round(trainer.seconds, 1),
