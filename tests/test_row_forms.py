@@ -1,6 +1,7 @@
 """Rows of data become what the model is fed in use: special tokens once, tools, and templates or none."""
 
 import json
+from functools import partial
 
 from mlx_lm.utils import save_config, save_model
 from test_eval import write  # a jsonl file
@@ -8,7 +9,9 @@ from tiny_models import COMMON, make_model, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mlx_specstream.cli.main import main
+from mlx_specstream.cli.options import chat_tokens
 from mlx_specstream.generate import prompt_tokens
+from mlx_specstream.measure.prompts import Encoder, from_file
 from mlx_specstream.measure.questions import read_questions
 from mlx_specstream.train.data import Example, to_example
 
@@ -34,7 +37,8 @@ def test_a_text_that_brings_its_special_tokens_gets_no_others():
         assert to_example({"text": text}, tokenizer, "x:1") == Example([1, 5, 6, 0], 0)
 
 
-def test_a_call_of_a_tool_needs_no_content():
+def calling():
+    """A tokenizer whose template has tools and calls."""
     chat = make_tokenizer(chat=True)
     chat._tokenizer.chat_template = (
         "{% if tools %}a{{ tools|length + 20 }} {% endif %}{% for m in messages %}"
@@ -42,7 +46,11 @@ def test_a_call_of_a_tool_needs_no_content():
         "{{ 'a3' if m.role == 'user' else 'a4' }} {{ m.content }} {% endif %}{% endfor %}"
         "{% if add_generation_prompt %}a4{% endif %}"
     )
-    tools = [{"type": "function", "function": {"name": "a9"}}] * 2
+    return chat
+
+
+def test_a_call_of_a_tool_needs_no_content():
+    chat, tools = calling(), [{"type": "function", "function": {"name": "a9"}}] * 2
     for content in ({}, {"content": None}, {"content": ""}):
         called = {"role": "assistant", "tool_calls": [CALL], **content}
         row = {"messages": [ASKED, called], "tools": tools}
@@ -50,6 +58,23 @@ def test_a_call_of_a_tool_needs_no_content():
     row = {"prompt": "a5 a6", "completion": "a7", "tools": tools}
     assert to_example(row, chat, "x:1") == Example([22, 3, 5, 6, 4, 7], 5)
     assert to_example(row, chat, "x:1", answer=False) == Example([22, 3, 5, 6, 4], 5)
+
+
+def test_bench_feeds_tools_as_training_did(tmp_path):
+    """Rows with and without; of either form the prompt is what comes before the answer in training."""
+    chat, tools = calling(), [{"type": "function", "function": {"name": "a9"}}] * 3
+    said = {"role": "assistant", "content": "a7"}
+    rows = [
+        {"prompt": "a5 a6", "completion": "a7", "tools": tools},
+        {"messages": [ASKED, said], "tools": tools[:1]},
+        {"messages": [ASKED, said]},
+    ]
+    encoder = Encoder(chat, partial(chat_tokens, chat), None)
+    prompts, _ = from_file(write(tmp_path / "own.jsonl", rows), encoder)
+    assert [p.tokens for p in prompts] == [[23, 3, 5, 6, 4], [21, 3, 5, 6, 4], [3, 5, 6, 4]]
+    for row, prompt in zip(rows, prompts, strict=True):
+        example = to_example(row, chat, "x:1")
+        assert example.tokens[: example.start] == prompt.tokens
 
 
 def test_eval_leaves_out_answers_that_are_calls(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from ..errors import BadArgument, UnsupportedModel
@@ -163,7 +164,7 @@ def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: li
             f"{context} tokens, {SLACK} of them stay free."
         )
     templated = tokenizer.has_chat_template and not args.ignore_chat_template
-    chat = (lambda messages: options.chat_tokens(tokenizer, messages)) if templated else None
+    chat = partial(options.chat_tokens, tokenizer) if templated else None
     encoder = Encoder(tokenizer, chat, room)
     kinds = args.kinds if args.kinds is not None else [] if args.data else list(KINDS)
     prompts = bundled(list(dict.fromkeys(kinds)), encoder, args.prompts)

@@ -196,12 +196,12 @@ def templates(args: argparse.Namespace, tokenizer) -> None:
         tokenizer.has_chat_template = False
 
 
-def chat_tokens(tokenizer, messages: list[dict]) -> list[int]:
+def chat_tokens(tokenizer, messages: list[dict], tools: list | None = None) -> list[int]:
     """The prompt that the chat template makes of messages; its own complaints are one line."""
 
     try:
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except Exception as error:  # templates raise jinja2's errors, tokenizers TypeError on bad text
         line = " ".join(str(error).split())

@@ -41,18 +41,26 @@ class Encoder:
 
     Args:
         tokenizer: mlx-lm's.
-        chat: messages -> token ids of the chat template; None feeds prompts as they are.
+        chat: messages and their tools (or None) -> token ids of the chat template; None feeds prompts
+            as they are.
         room: most tokens of a prompt; None: no limit.
     """
 
-    def __init__(self, tokenizer, chat: Callable[[list[dict]], list[int]] | None, room: int | None):
+    def __init__(
+        self,
+        tokenizer,
+        chat: Callable[[list[dict], list | None], list[int]] | None,
+        room: int | None,
+    ):
         self.tokenizer, self.chat, self.room = tokenizer, chat, room
 
     def text(self, text: str) -> list[int]:
         return encode_text(self.tokenizer, text)
 
-    def user(self, text: str) -> list[int]:
-        return self.chat([{"role": "user", "content": text}]) if self.chat else self.text(text)
+    def user(self, text: str, tools: list | None = None) -> list[int]:
+        if self.chat is None:
+            return self.text(text)
+        return self.chat([{"role": "user", "content": text}], tools)
 
     def fits(self, tokens: list[int]) -> bool:
         return self.room is None or len(tokens) <= self.room
@@ -107,7 +115,7 @@ def from_file(path: Path, encoder: Encoder, most: int | None = None) -> tuple[li
     """The user's prompts, spread evenly over the file if there are more than ``most``.
 
     Rows: ``prompt`` (a user's message, or plain text without a chat template), ``messages`` (what
-    comes before the last answer) or ``text`` (fed as it is).
+    comes before the last answer), both with their ``tools`` if there are any, or ``text`` (fed as it is).
 
     Returns:
         (prompts, rows in the file)
@@ -133,9 +141,10 @@ def from_file(path: Path, encoder: Encoder, most: int | None = None) -> tuple[li
 
 def _row_tokens(row, encoder: Encoder) -> list[int]:
     row = row if isinstance(row, dict) else {}
-    for key, encode in (("prompt", encoder.user), ("text", encoder.text)):
-        if isinstance(row.get(key), str) and row[key]:
-            return encode(row[key])
+    if isinstance(row.get("prompt"), str) and row["prompt"]:
+        return encoder.user(row["prompt"], row.get("tools"))
+    if isinstance(row.get("text"), str) and row["text"]:
+        return encoder.text(row["text"])
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError(
@@ -147,7 +156,7 @@ def _row_tokens(row, encoder: Encoder) -> list[int]:
         raise ValueError("messages must hold one before the last answer.")
     if encoder.chat is None:
         raise ValueError("messages need a model with a chat template.")
-    return encoder.chat(messages)
+    return encoder.chat(messages, row.get("tools"))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, object]]:
