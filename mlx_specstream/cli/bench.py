@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be said before a model is loaded."""
+    from ..train.data import data_file
+
     for name, least in (("repeats", 1), ("prompts", 1), ("max_tokens", 2), ("num_draft_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -132,7 +134,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.num_draft_tokens is not None and not args.draft_model:
         raise BadArgument("[num_draft_tokens] needs --draft-model.")
     if args.data is not None:
-        _data_file(args.data)
+        data_file(args.data, SPLIT)
     for name in ("json", "html"):
         options.check_output(name, getattr(args, name))
     if args.json is not None and args.json == args.html:
@@ -156,6 +158,7 @@ def _stock(args: argparse.Namespace, model):
 
 def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: list[str]) -> list:
     from ..measure.prompts import KINDS, Encoder, bundled, from_file
+    from ..train.data import data_file
 
     room = None if context is None else context - args.max_tokens - SLACK
     if room is not None and room < LEAST_ROOM:
@@ -169,7 +172,7 @@ def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: li
     kinds = args.kinds if args.kinds is not None else [] if args.data else list(KINDS)
     prompts = bundled(list(dict.fromkeys(kinds)), encoder, args.prompts)
     if args.data is not None:
-        own, rows = from_file(_data_file(args.data), encoder, args.prompts)
+        own, rows = from_file(data_file(args.data, SPLIT), encoder, args.prompts)
         prompts += own
         if len(own) < rows:
             notes.append(f"{len(own)} of {rows} own prompts, spread evenly over the file")
@@ -181,15 +184,6 @@ def _prompts(args: argparse.Namespace, tokenizer, context: int | None, notes: li
             f"{cut} of {len(prompts)} prompts cut to the model's context ({context} tokens)"
         )
     return prompts
-
-
-def _data_file(data: Path) -> Path:
-    """The file itself, or that of a folder."""
-    from ..train.data import split_file
-
-    if not data.exists():
-        raise BadArgument(f"[data] {data} is neither a file nor a folder.")
-    return data if data.is_file() else split_file(data, SPLIT)
 
 
 def _seams(model, notes: list[str]):

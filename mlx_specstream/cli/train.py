@@ -203,12 +203,11 @@ def train_config(args: argparse.Namespace, preset, width: int, **defaults: Any):
     if {"iters", "minutes"} <= given.keys():
         raise BadArgument("[train] a run has --iters steps or --minutes of time, not both.")
     if "minutes" in given:
-        found |= {"eval_every": given.get("eval_every"), **given}
-        found.setdefault("save_every", min(given.get("eval_every") or SAVE_EVERY, SAVE_EVERY))
+        found["eval_every"] = given.get("eval_every")
         found.setdefault("validations", preset.validations)
     elif found["iters"] > 0:
         found.setdefault("eval_every", every(found["iters"], preset.validations))
-        found.setdefault("save_every", min(found["eval_every"], SAVE_EVERY))
+    found.setdefault("save_every", min(found.get("eval_every") or SAVE_EVERY, SAVE_EVERY))
     return TrainConfig(
         **found,
         fine_tune=fine_tune,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BadArgument, BadData
-from ..train.data import Example, has_split, read_rows, split_file, to_example
+from ..train.data import Example, has_split, read_rows, to_example
+from ..train.data import data_file as any_data_file
 from .prompts import OWN, Prompt
 
 PLACE = "{}"  # of the prompt in --prompt-form
@@ -31,16 +32,12 @@ class Question:
 
 
 def data_file(data: Path, split: str) -> Path:
-    """``data`` itself, or the file of a split if it is a folder; raises BadData."""
-    if data.is_file():
-        return data
-    if not data.is_dir():
-        raise BadData(f"[data] {data} is neither a file nor a folder.")
-    if not has_split(data, split):
+    """``train.data.data_file``, whose BadData names the splits that there are."""
+    if data.is_dir() and not has_split(data, split):
         names = sorted({p.name.split(".jsonl")[0] for p in data.glob("*.jsonl*")})
         fix = f"choose another --split: {', '.join(names)}" if names else "add one"
         raise BadData(f"[data] {data} has no {split}.jsonl or {split}.jsonl.gz; {fix}.")
-    return split_file(data, split)
+    return any_data_file(data, split)
 
 
 def read_questions(

@@ -171,6 +171,15 @@ def split_file(folder: Path, split: str) -> Path:
     raise BadData(f"[data] {folder} must hold {split}.jsonl or {split}.jsonl.gz; there is neither.")
 
 
+def data_file(data: Path, split: str) -> Path:
+    """``data`` itself, or the file of a split if it is a folder; raises BadData."""
+    if data.is_file():
+        return data
+    if not data.is_dir():
+        raise BadData(f"[data] {data} is neither a file nor a folder.")
+    return split_file(data, split)
+
+
 def to_example(row: dict, tokenizer, at: str, answer: bool = True) -> Example:
     """The example that a row is; ``at`` names the row (file:line) in the BadData of one that is none.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,12 @@ def identity(model: nn.Module) -> str:
     A fingerprint leaves adapters out, as streams may serve a base with and without them; what the
     model says, or computes below the cut, may not be mistaken so.
     """
-    text = json.dumps([fingerprint(model), adapters_of(model)], sort_keys=True)
+    return identity_from(fingerprint(model), adapters_of(model))
+
+
+def identity_from(base: dict[str, Any], adapters: dict[str, float]) -> str:
+    """The same from a fingerprint and ``adapters_of``, for who has both."""
+    text = json.dumps([base, adapters], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

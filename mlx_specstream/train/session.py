@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .data import Example, digest, has_split, in_both, read_examples, spread
 from .estimate import estimate
 from .hidden import hidden_states
-from .identity import adapters_of, identity
+from .identity import adapters_of, identity_from
 from .initial import begin_from as take_over
 from .initial import hidden_rms, new_streams, scale_embeddings
 from .record import ancestry, versions, write_record
@@ -122,7 +122,7 @@ def train_streams(
         answer = partial(try_answering if trying else answered, model, tokenizer)
         train, valid = (answer(some, self_distill, max_length, note) for some in (train, valid))
     mx.random.seed(config.seed)
-    base, name, adapters = fingerprint(model), identity(model), adapters_of(model)
+    base, adapters = fingerprint(model), adapters_of(model)
     main_lora = add_lora(model, config.fine_tune, streams.msa_layers) if config.fine_tune else []
     parameters = new_streams(model, streams)
     if draft_vocabulary:
@@ -158,7 +158,7 @@ def train_streams(
         else ancestry(read_description(begin_from)["training"]),
         "versions": versions(),
     }
-    hidden = partial(hidden_states, seams, train, cache_hidden, name, note)
+    hidden = partial(hidden_states, seams, train, cache_hidden, identity_from(base, adapters), note)
     if dry_run:
         trainer.hidden = None if cache_hidden is None else hidden(make=False)
         note(f"{estimate(trainer, train, valid)}; nothing was trained (--dry-run)")
